@@ -1,0 +1,176 @@
+"""Rules that join sections. Each returns its mistakes; none stops at the first."""
+
+from __future__ import annotations
+
+import re
+
+from nanovl.config.schema import Job, Source
+
+SPECIAL_TOKENS = 9
+MIN_VOCAB = 256 + SPECIAL_TOKENS
+
+
+def check_job(job: Job, world_size: int) -> list[str]:
+    """Every broken rule of `job` on `world_size` ranks, one line each."""
+    return [
+        *_bounds(job),
+        *_degrees(job, world_size),
+        *_batch(job, world_size),
+        *_tokenizer(job),
+        *_sources(job),
+        *_optimizer(job),
+    ]
+
+
+def data_parallel_degree(job: Job, world_size: int) -> int:
+    """Ranks that read different rows; every rank does, until another parallelism shares one."""
+    return world_size
+
+
+def _bounds(job: Job) -> list[str]:
+    """Numbers that must be positive, or not negative, and fractions that must be in [0, 1]."""
+    positive = [
+        ("training.seq_len", job.training.seq_len),
+        ("training.local_batch_size", job.training.local_batch_size),
+        ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
+        ("training.tokens_per_parameter", job.training.tokens_per_parameter),
+        ("metrics.log_freq", job.metrics.log_freq),
+        ("data.buffer_documents", job.data.buffer_documents),
+        ("activation_checkpoint.every_n_layers", job.activation_checkpoint.every_n_layers),
+        ("tokenizer.train_characters", job.tokenizer.train_characters),
+        ("tokenizer.document_characters", job.tokenizer.document_characters),
+        ("sampling.max_tokens", job.sampling.max_tokens),
+        ("validation.max_bytes", job.validation.max_bytes),
+        ("profiling.profile_freq", job.profiling.profile_freq),
+        ("profiling.profiler_active", job.profiling.profiler_active),
+        ("optimizer.muon.iterations", job.optimizer.muon.iterations),
+    ]
+    not_negative = [
+        ("training.steps", job.training.steps),
+        ("training.global_batch_size", job.training.global_batch_size),
+        ("training.max_norm", job.training.max_norm),
+        ("training.gc_freq", job.training.gc_freq),
+        ("optimizer.lr", job.optimizer.lr),
+        ("optimizer.eps", job.optimizer.eps),
+        ("optimizer.weight_decay", job.optimizer.weight_decay),
+        ("lr_schedule.warmup_steps", job.lr_schedule.warmup_steps),
+        ("data.prefetch_batches", job.data.prefetch_batches),
+        ("checkpoint.interval", job.checkpoint.interval),
+        ("checkpoint.keep_latest_k", job.checkpoint.keep_latest_k),
+        ("validation.freq", job.validation.freq),
+        ("validation.final_max_bytes", job.validation.final_max_bytes),
+        ("validation.local_batch_size", job.validation.local_batch_size),
+        ("sampling.freq", job.sampling.freq),
+        ("sampling.temperature", job.sampling.temperature),
+        ("sampling.top_k", job.sampling.top_k),
+        ("profiling.profiler_warmup", job.profiling.profiler_warmup),
+        ("optimizer.muon.momentum_warmup_steps", job.optimizer.muon.momentum_warmup_steps),
+        ("debug.seed", job.debug.seed),
+    ]
+    fractions = [
+        ("lr_schedule.decay_ratio", job.lr_schedule.decay_ratio),
+        ("lr_schedule.min_lr_factor", job.lr_schedule.min_lr_factor),
+        ("optimizer.beta1", job.optimizer.beta1),
+        ("optimizer.beta2", job.optimizer.beta2),
+        ("optimizer.muon.momentum", job.optimizer.muon.momentum),
+        ("optimizer.muon.momentum_start", job.optimizer.muon.momentum_start),
+        ("optimizer.muon.momentum_end", job.optimizer.muon.momentum_end),
+        *((f"data.sources.{i}.holdout", s.holdout) for i, s in enumerate(job.data.sources)),
+    ]
+    return [
+        *(f"{key} = {value}: wants a number above 0" for key, value in positive if value <= 0),
+        *(f"{key} = {value}: wants 0 or more" for key, value in not_negative if value < 0),
+        *(f"{key} = {value}: wants a number from 0 to 1" for key, value in fractions if not 0 <= value <= 1),
+    ]
+
+
+def _degrees(job: Job, world_size: int) -> list[str]:
+    replicate = job.parallelism.data_parallel_replicate_degree
+    shard = job.parallelism.data_parallel_shard_degree
+    wrong = [
+        f"parallelism.{name} = {value}: wants {wanted}"
+        for name, value, ok, wanted in (
+            ("data_parallel_replicate_degree", replicate, replicate >= 1, "1 or more"),
+            ("data_parallel_shard_degree", shard, shard == -1 or shard >= 1, "1 or more, or -1 for all that are left"),
+        )
+        if not ok
+    ]
+    if wrong:
+        return wrong
+    if shard == -1 and world_size % replicate:
+        return [
+            f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the {world_size} ranks; "
+            f"use {_nearest_divisors(replicate, world_size)}"
+        ]
+    if shard != -1 and replicate * shard != world_size:
+        return [
+            f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} = "
+            f"{replicate * shard}, but the job has {world_size} ranks; "
+            "launch that many, or set data_parallel_shard_degree = -1"
+        ]
+    return []
+
+
+def _nearest_divisors(number: int, of: int) -> str:
+    divisors = [d for d in range(1, of + 1) if of % d == 0]
+    near = sorted(sorted(divisors, key=lambda d: abs(d - number))[:2])
+    return " or ".join(map(str, near))
+
+
+def _batch(job: Job, world_size: int) -> list[str]:
+    rows, local = job.training.global_batch_size, job.training.local_batch_size
+    dp = data_parallel_degree(job, world_size)
+    if rows <= 0 or local <= 0 or rows % (unit := dp * local) == 0:
+        return []
+    low, high = rows // unit * unit, -(-rows // unit) * unit
+    near = f"{low} or {high}" if low else f"{high}"
+    return [
+        f"training.global_batch_size = {rows} is not a multiple of {dp} ranks x {local} rows = {unit}; "
+        f"use {near}, or set training.local_batch_size"
+    ]
+
+
+def _tokenizer(job: Job) -> list[str]:
+    if not job.tokenizer.path and job.tokenizer.vocab_size < MIN_VOCAB:
+        return [
+            f"tokenizer.vocab_size = {job.tokenizer.vocab_size}: "
+            f"wants at least {MIN_VOCAB} (256 bytes and {SPECIAL_TOKENS} special tokens)"
+        ]
+    return []
+
+
+def _sources(job: Job) -> list[str]:
+    mistakes = []
+    named: list[tuple[str, Source]] = [(f"data.sources.{i}", s) for i, s in enumerate(job.data.sources)]
+    named += [(f"validation.sources.{i}", s) for i, s in enumerate(job.validation.sources)]
+    if not job.data.sources:
+        mistakes.append('data.sources: empty; add [[data.sources]] with a kind and a path (kind = "stdlib" needs no path)')
+    for key, source in named:
+        if source.kind != "stdlib" and not source.path:
+            mistakes.append(f'{key}.path: empty; name the file or folder of kind "{source.kind}"')
+        if source.weight <= 0:
+            mistakes.append(f"{key}.weight = {source.weight}: wants a number above 0")
+    validates = job.validation.freq > 0
+    if validates and job.data.sources and not job.validation.sources and not any(s.holdout for s in job.data.sources):
+        mistakes.append(
+            "validation.freq: there is no held-out text; set data.sources.N.holdout (such as 0.02), "
+            "add [[validation.sources]], or set validation.freq = 0"
+        )
+    if not job.tokenizer.path and any(s.kind == "tokens" for s in job.data.sources):
+        mistakes.append("tokenizer.path: empty, but a source of kind \"tokens\" is bound to the tokenizer it was packed with; name it")
+    return mistakes
+
+
+def _optimizer(job: Job) -> list[str]:
+    mistakes = []
+    for i, group in enumerate(job.optimizer.groups):
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            mistakes.append(f"optimizer.groups.{i}.match = {group.match!r}: not a regular expression: {error}")
+    if job.optimizer.muon.orthogonalization == "polar_express" and job.optimizer.muon.iterations > 5:
+        mistakes.append(
+            f"optimizer.muon.iterations = {job.optimizer.muon.iterations}: polar_express has coefficients for 5; "
+            'use 5 or fewer, or orthogonalization = "newton_schulz"'
+        )
+    return mistakes

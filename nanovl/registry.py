@@ -1,0 +1,90 @@
+"""Name -> architecture: the only dynamic imports of the house."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nanovl.config.load import check_types, load_job
+from nanovl.config.schema import Job, Model
+from nanovl.errors import ConfigError
+from nanovl.spec import ModelFamily, ModelSpec
+
+MODELS = {
+    "nanochat": "nanovl.models.nanochat",
+    "nanochat_v1": "nanovl.models.nanochat_v1",
+    "qwen3": "nanovl.models.qwen3",
+}
+
+
+def family(name: str) -> ModelFamily:
+    """The family called `name`. Raises ConfigError with the nearest name."""
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(MODELS)}"
+        raise ConfigError(f"model.name = {name!r}: no such architecture; {hint}")
+    found: ModelFamily = import_module(MODELS[name]).FAMILY
+    return found
+
+
+def read_job(files: Sequence[str | Path], flags: Sequence[str] = (), *, world_size: int = 1) -> Job:
+    """The checked job of files and flags, its model section included. Raises ConfigError with all mistakes."""
+    return load_job(files, flags, world_size=world_size, checks=(model_mistakes,))
+
+
+def model_mistakes(job: Job) -> list[str]:
+    """What is wrong with the `[model]` section, one line each."""
+    try:
+        resolve_model(job.model, job.tokenizer.vocab_size)
+    except ConfigError as error:
+        return error.mistakes
+    return []
+
+
+def resolve_model(model: Model, vocab_size: int) -> ModelSpec:
+    """The architecture of `[model]`: the flavor's config with the overrides laid over it.
+
+    The vocabulary is the tokenizer's: `model.vocab_size` may only enlarge it. Raises ConfigError.
+    """
+    found = family(model.name)
+    flavor = model.flavor or next(iter(found.flavors))
+    if flavor not in found.flavors:
+        near = difflib.get_close_matches(flavor, found.flavors, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(found.flavors)}"
+        raise ConfigError(f"model.flavor = {flavor!r}: {found.name} has no such size; {hint}")
+    data = _overlay(asdict(found.flavors[flavor]()), {"vocab_size": vocab_size, **model.overrides})
+    config = _config(found, data)
+    if config.vocab_size < vocab_size:
+        raise ConfigError(f"model.vocab_size = {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out")
+    return ModelSpec(found, config, flavor)
+
+
+def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
+    """The architecture that a checkpoint's meta.json records, whatever defaults have become since."""
+    found = family(data["name"])
+    return ModelSpec(found, _config(found, data["config"]), data.get("flavor", ""))
+
+
+def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
+    """`spec` as it stands in meta.json: the family's name and every field of its config."""
+    return {"name": spec.family.name, "flavor": spec.flavor, "config": asdict(spec.config)}
+
+
+def _config(found: ModelFamily, data: dict[str, Any]) -> Any:
+    config, mistakes = check_types(found.config, data, {}, prefix="model.")
+    if mistakes:
+        raise ConfigError(mistakes)
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise ConfigError([f"model.{m}" for m in error.mistakes]) from None
+    return config
+
+
+def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _overlay(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    return {**base, **both}
