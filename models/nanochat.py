@@ -1,0 +1,304 @@
+"""nanochat as of July 2026, the one family with a forward of its own.
+
+Different from nanochat_v1, in the order of the forward pass:
+  smear              x_t += lambda * sigmoid(gate(x_t[:24])) * x_(t-1) after the embedding's norm
+  residual lambdas   before block i:  x = a_i x + b_i x0, with x0 the smeared embedding
+  value embeddings   on every second layer, the last always: v += 3 sigmoid(gate(x[:12])) * table[token]
+                     (arXiv:2410.17897)
+  sliding windows    pattern SSSL, the last layer long
+  sharper attention  q and k times 1.2 after their norm
+  backout            before the final norm: x -= lambda * (x after the middle block)
+Size is one number, the depth; every constant is a field.
+
+Smear looks back over a document's start only where the row is one document; packed documents equal separate ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanovl.config.schema import OptimizerGroup
+from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, raise_if
+from nanovl.models.blocks.head import Head
+from nanovl.models.blocks.mlp import Mlp, MlpConfig
+from nanovl.models.blocks.norm import NormConfig, RMSNorm
+from nanovl.models.blocks.rope import RopeConfig
+from nanovl.models.decoder import attention_flops, attention_meta, matmul_flops_per_token
+from nanovl.spec import ModelFamily
+
+# B batch, T tokens, D model channels (head channels in q, k, v), H heads, K key/value heads, V vocabulary
+
+
+@dataclass(kw_only=True)
+class NanochatConfig:
+    vocab_size: int = 32768
+    """Entries of the vocabulary; tables are padded to `vocab_multiple`."""
+    vocab_multiple: int = 64
+    """Rows of every vocabulary table come in this multiple."""
+    depth: int = 20
+    """Layers; the one dial."""
+    aspect_ratio: int = 64
+    """Channels a layer of depth, before rounding up to whole heads."""
+    head_dim: int = 128
+    """Channels a head."""
+    num_key_value_heads: int = 0
+    """Key and value heads; 0 = as many as query heads."""
+    max_position_embeddings: int = 2048
+    """Context, tokens; the short window derives from it."""
+    window_pattern: str = "SSSL"
+    """Short and long layers, tiled; the last layer is always long."""
+    short_window_divisor: int = 4
+    """Short window = context / this, rounded up to `short_window_multiple`, plus the token itself."""
+    short_window_multiple: int = 128
+    """Tokens the short window is rounded up to."""
+    rope_theta: float = 100_000.0
+    """Base of the rotation."""
+    norm_eps: float = 1.1920929e-07
+    """Epsilon of every norm: float32's own, as torch uses where none is given."""
+    qk_scale: float = 1.2
+    """Factor on normed queries and keys."""
+    mlp_ratio: int = 4
+    """MLP width / model width."""
+    softcap: float = 15.0
+    """Logits become cap * tanh(logits / cap)."""
+    smear: bool = True
+    """Mix the previous token's embedding in."""
+    smear_channels: int = 24
+    """Channels its gate reads."""
+    value_embeddings: bool = True
+    """Token tables added to the values of alternating layers."""
+    value_gate_channels: int = 12
+    """Channels their gate reads."""
+    value_gate_scale: float = 3.0
+    """Largest gate."""
+    residual_lambdas: bool = True
+    """Learned weights of the stream and of the embedding before each block."""
+    backout: bool = True
+    """Subtract the middle of the stream at the end."""
+    backout_init: float = 0.2
+    """Its initial weight."""
+    embedding_std: float = 0.8
+    """Initial standard deviation of the embedding."""
+    head_std: float = 0.001
+    """Initial standard deviation of the head."""
+    mlp_init_scale: float = 0.4
+    """Initial up_proj relative to the attention matrices."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.depth
+
+    @property
+    def hidden_size(self) -> int:
+        return -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def short_window(self) -> int:
+        """Keys a short layer sees, itself included (FlashAttention's (W, 0) shows W + 1)."""
+        span = -(-self.max_position_embeddings // self.short_window_divisor)
+        return -(-span // self.short_window_multiple) * self.short_window_multiple + 1
+
+    def window(self, layer: int) -> int | None:
+        """Keys that `layer` sees; None = all."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer != self.depth - 1
+        return self.short_window if short else None
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer counted back from the last."""
+        return self.value_embeddings and layer % 2 == (self.depth - 1) % 2
+
+    def attention(self, layer: int) -> AttentionConfig:
+        return AttentionConfig(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim,
+            rope=RopeConfig(theta=self.rope_theta),
+            sliding_window=self.window(layer),
+            qk_norm="head",
+            qk_norm_after_rope=True,
+            qk_norm_weight=False,
+        )
+
+    def validate(self) -> None:
+        """Raises ConfigError with everything that does not fit together."""
+        positive = ("vocab_size", "vocab_multiple", "depth", "aspect_ratio", "head_dim", "max_position_embeddings", "mlp_ratio")
+        wrong = [f"{key} = {getattr(self, key)}: wants a number above 0" for key in positive if getattr(self, key) <= 0]
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            wrong.append(f"window_pattern = {self.window_pattern!r}: wants letters S (short) and L (long)")
+        if not wrong:
+            for key in ("smear_channels", "value_gate_channels"):
+                if not 0 < getattr(self, key) <= self.hidden_size:
+                    wrong.append(f"{key} = {getattr(self, key)}: wants 1 to hidden_size = {self.hidden_size}")
+            wrong += self.attention(0).mistakes()
+        raise_if(wrong)
+
+
+class PreviousToken(nn.Module):
+    """x_(t-1), and zeros at a document's start. A child of its own, like `core`: the engine keeps its state there."""
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        shifted_BTD = torch.cat((torch.zeros_like(x_BTD[:, :1]), x_BTD[:, :-1]), dim=1)
+        return shifted_BTD * (positions_BT > 0)[..., None]
+
+
+class NanochatAttention(Attention):
+    """Attention whose values may receive a token's own embedding, and whose normed q and k are scaled."""
+
+    def __init__(self, config: NanochatConfig, layer: int, norm: NormConfig) -> None:
+        super().__init__(config.attention(layer), config.hidden_size, norm)
+        self.qk_scale = config.qk_scale
+        self.gate_channels, self.gate_scale = config.value_gate_channels, config.value_gate_scale
+        self.value_embed: nn.Embedding | None = None
+        if config.has_value_embedding(layer):
+            kv_heads = self.config.num_key_value_heads
+            self.value_embed = nn.Embedding(config.padded_vocab_size, kv_heads * config.head_dim)
+            self.value_gate = nn.Linear(config.value_gate_channels, kv_heads, bias=False)
+
+    def forward(self, x_BTD: Tensor, meta: AttentionMeta, tokens_BT: Tensor | None = None) -> Tensor:
+        q_BTHD, k_BTKD, v_BTKD = self.qkv(x_BTD, meta)
+        if self.value_embed is not None:
+            gate_BTK1 = self.gate_scale * self.value_gate(x_BTD[..., : self.gate_channels]).sigmoid()[..., None]
+            v_BTKD = v_BTKD + gate_BTK1 * self.value_embed(tokens_BT).view(v_BTKD.shape)
+        out_BTHD = self.core(q_BTHD * self.qk_scale, k_BTKD * self.qk_scale, v_BTKD, meta)
+        return self.o_proj(out_BTHD.flatten(2))
+
+
+class NanochatBlock(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: NanochatConfig, layer: int, norm: NormConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, norm)
+        self.mixer = NanochatAttention(config, layer, norm)
+        ffn = MlpConfig(intermediate_size=config.mlp_ratio * config.hidden_size, activation="relu2", gated=False)
+        self.ffn = Mlp(ffn, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor, meta: AttentionMeta) -> Tensor:
+        x_BTD = x_BTD + self.mixer(self.norm(x_BTD), meta, tokens_BT)
+        return x_BTD + self.ffn(self.norm(x_BTD))
+
+
+class Nanochat(nn.Module):
+    """Tokens -> logits; see nanovl.spec.Model for what each method promises."""
+
+    def __init__(self, config: NanochatConfig) -> None:
+        super().__init__()
+        self.config = config
+        norm = NormConfig(eps=config.norm_eps, weight="none")
+        self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.norm = RMSNorm(config.hidden_size, norm)
+        self.layers = nn.ModuleDict({str(i): NanochatBlock(config, i, norm) for i in range(config.depth)})
+        self.lm_head = Head(config.hidden_size, config.vocab_size, config.padded_vocab_size, config.softcap)
+        if config.smear:
+            self.previous = PreviousToken()
+            self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.residual_lambdas:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.depth))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.depth))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        doc_ids_BT: Tensor | None = None,
+        *,
+        objective: Callable[[nn.Module, Tensor], Any] | None = None,
+    ) -> Any:
+        """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns."""
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        meta = attention_meta(self, positions_BT, doc_ids_BT)
+        x_BTD = self.norm(self.embed_tokens(tokens_BT))
+        if self.config.smear:
+            gate_BT1 = self.smear_lambda * self.smear_gate(x_BTD[..., : self.config.smear_channels]).sigmoid()
+            x_BTD = x_BTD + gate_BT1 * self.previous(x_BTD, positions_BT)
+        embedding_BTD = middle_BTD = x_BTD
+        for i, layer in enumerate(self.layers.values()):
+            if self.config.residual_lambdas:
+                x_BTD = self.resid_lambdas[i] * x_BTD + self.x0_lambdas[i] * embedding_BTD
+            x_BTD = layer(x_BTD, tokens_BT, meta)
+            if i == self.config.depth // 2:
+                middle_BTD = x_BTD
+        if self.config.backout:
+            x_BTD = x_BTD - self.backout_lambda * middle_BTD
+        x_BTD = self.norm(x_BTD)
+        return self.lm_head(x_BTD) if objective is None else objective(self.lm_head, x_BTD)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers.values())
+
+    def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
+        """Uniform matrices of standard deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
+        bound = sqrt(3.0 / self.config.hidden_size)
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if leaf in ("o_proj", "down_proj", "smear_lambda"):
+            full.zero_()
+        elif leaf in ("q_proj", "k_proj", "v_proj", "value_embed"):
+            full.uniform_(-bound, bound, generator=generator)
+        elif leaf == "up_proj":
+            full.uniform_(-bound * self.config.mlp_init_scale, bound * self.config.mlp_init_scale, generator=generator)
+        elif leaf in ("value_gate", "smear_gate"):
+            full.uniform_(0.0, 0.02, generator=generator)
+        elif leaf == "resid_lambdas":
+            full.copy_(torch.linspace(1.15, 1.05, self.config.depth))
+        elif leaf == "x0_lambdas":
+            full.copy_(torch.linspace(0.20, 0.05, self.config.depth))
+        elif leaf == "backout_lambda":
+            full.fill_(self.config.backout_init)
+        else:
+            std = {"embed_tokens": self.config.embedding_std, "lm_head": self.config.head_std}[leaf]
+            full.normal_(0.0, std, generator=generator)
+
+    def init_buffers(self, device: torch.device) -> None:
+        """There are none: rotation tables are made from the positions of each batch."""
+
+    def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
+        return matmul_flops_per_token(self) + sum(
+            attention_flops(m.config, mean_keys) for m in self.modules() if isinstance(m, Attention)
+        )
+
+
+def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
+    """AdamW for tables and scalars, Muon for the matrices of blocks; learning rates of the depth-12 reference."""
+    group = OptimizerGroup
+    return [
+        group(match=r"lm_head\.weight", lr=0.008, beta1=0.8, beta2=0.96, weight_decay=0.01, scale_with_width=True),
+        group(match=r"embed_tokens\.weight", lr=0.3, beta1=0.8, beta2=0.995, weight_decay=0.001, scale_with_width=True),
+        group(match=r".*\.value_embed\.weight", lr=0.15, beta1=0.8, beta2=0.995, weight_decay=0.01, scale_with_width=True),
+        group(match=r"resid_lambdas", lr=0.005, beta1=0.8, beta2=0.95, weight_decay=0.05),
+        group(match=r"x0_lambdas", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
+        group(
+            match=r"smear_.*|backout_lambda", lr=0.2, beta1=0.8, beta2=0.95, weight_decay=0.0, scale_with_batch=False
+        ),
+        group(
+            match=r"layers\..*\.weight", kind="muon", lr=0.02, weight_decay=0.28, weight_decay_schedule="cosine"
+        ),
+    ]
+
+
+FAMILY = ModelFamily(
+    name="nanochat",
+    summary="nanochat, July 2026: smear, residual lambdas, value embeddings, sliding windows, backout; one dial, depth",
+    config=NanochatConfig,
+    flavors={f"d{depth}": partial(NanochatConfig, depth=depth) for depth in (20, 4, 6, 8, 10, 12, 14, 16, 18, 24, 26, 32)},
+    model=Nanochat,
+    optimizer_groups=optimizer_groups,
+)
