@@ -222,7 +222,7 @@ class Validation:
     """Steps between evaluations of bits per byte; 0 = never during training."""
     max_bytes: int = 1_000_000
     """Bytes of held-out text an evaluation during training reads."""
-    final_max_bytes: int = 0
+    final_max_bytes: int = 10_000_000
     """Bytes of held-out text the evaluation at the end reads; 0 = all."""
     local_batch_size: int = 0
     """Rows at once; 0 = `training.local_batch_size`."""

@@ -1,0 +1,216 @@
+"""A checkpoint is a committed directory.
+
+    step_000500/  state/        DCP shards of weights and optimizer state, readable on any mesh
+                  ranks/        rank_00000.json.gz: what each process kept for itself (data lanes, random state)
+                  tokenizer/    config.json
+                  meta.json     step, architecture, tokenizer hash, mesh, where it came from
+
+It is written as step_000500.tmp, flushed to disk, and renamed once every rank is done. A killed process leaves a .tmp,
+which no one reads and the next run removes. A directory is never written twice: DCP would mix old and new shards.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from nanovl.dist import barrier
+from nanovl.errors import CheckpointError
+from nanovl.log import Log
+
+_NAME = re.compile(r"step_(\d+)")
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # keyed by parameter name, so it moves between meshes
+
+
+def committed(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / "meta.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps taken when `checkpoint` was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """meta.json. Raises CheckpointError where it is absent or broken."""
+    try:
+        meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{checkpoint}: not a complete checkpoint: meta.json: {error}; choose another step") from None
+    return meta
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `load` gives back besides filling model and optimizers."""
+
+    meta: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    """What every process of the saving run kept, by rank."""
+
+
+class Checkpointer:
+    """Saves and restores one run's model, optimizers and per-rank state in `folder`."""
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: int, background: bool, log: Log
+    ) -> None:
+        """`keep` checkpoints stay (0 = all); `background` writes while training goes on. Removes what a kill left over."""
+        self.folder, self.model, self.optimizers = folder, model, list(optimizers)
+        self.keep, self.log = keep, log
+        self.rank = dist.get_rank()
+        # its own group: the writing thread must not share a group with training's collectives
+        self.group = dist.new_group(backend="gloo") if background else None
+        self.pending: Future[Any] | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+        barrier()
+
+    def save(self, step: int, meta: Mapping[str, Any], rank_state: Mapping[str, Any], files: Sequence[Path]) -> Path:
+        """Write everything after `step` optimizer steps; `files` (config, tokenizer folder) are copied in. All ranks call it."""
+        self.wait()
+        final = self.folder / f"step_{step:06d}"
+        if final.exists():
+            return final
+        draft = final.with_suffix(".tmp")
+        if self.rank == 0:
+            _copy_all(files, draft)
+            _write(draft / "meta.draft.json", json.dumps({**meta, "step": step}, indent=2).encode())
+        _write(draft / "ranks" / f"rank_{self.rank:05d}.json.gz", gzip.compress(json.dumps(rank_state).encode(), 1))
+        barrier()
+        state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
+        if self.group is None:
+            dcp.save(state, checkpoint_id=draft / "state")
+            self._commit(draft, final)
+            barrier()
+        else:
+            self.pending = dcp.async_save(state, checkpoint_id=draft / "state", process_group=self.group)  # type: ignore[assignment]
+            # rank 0's write ends with the metadata it gathers from all ranks, so when it is done everybody is
+            if self.rank == 0 and self.pending is not None:
+                self.pending.add_done_callback(lambda done: None if done.exception() else self._commit(draft, final))
+        return final
+
+    def wait(self) -> None:
+        """Until the checkpoint being written is committed. Raises what its writing raised."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+            barrier()
+
+    def load(self, checkpoint: Path) -> Restored:
+        """Fill model and optimizers from `checkpoint`, written on any mesh. Raises CheckpointError listing every key at fault."""
+        meta = read_meta(checkpoint)
+        state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
+        _read_state(checkpoint, state, whole=True)
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=_FLAT)
+        return Restored(meta, read_rank_states(checkpoint))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizers, options=_FLAT)
+
+    def _commit(self, draft: Path, final: Path) -> None:
+        if self.rank == 0:
+            (draft / "meta.draft.json").rename(draft / "meta.json")
+            for folder in (draft / "ranks", draft):
+                _flush_folder(folder)
+            draft.rename(final)
+            _flush_folder(self.folder)
+            for old in committed(self.folder)[: -self.keep] if self.keep else []:
+                shutil.rmtree(old)
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Fill `model` alone from `checkpoint`, whatever mesh wrote it. Raises CheckpointError listing every key at fault."""
+    state = {"model": get_model_state_dict(model)}
+    _read_state(checkpoint, state, whole=False)
+    set_model_state_dict(model, state["model"])
+
+
+def read_rank_states(checkpoint: Path) -> list[dict[str, Any]]:
+    """What every process of the saving run kept, by rank."""
+    states = []
+    for file in sorted((checkpoint / "ranks").glob("rank_*.json.gz")):
+        try:
+            states.append(json.loads(gzip.decompress(file.read_bytes())))
+        except (OSError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}; choose an earlier step") from None
+    return states
+
+
+def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None:
+    """dcp.load into `state`, after comparing names and shapes; `whole` = every stored key must be wanted."""
+    reader = dcp.FileSystemReader(checkpoint / "state")
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint}/state: cannot be read: {error}; choose an earlier step") from error
+    wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
+    wrong = [f"missing {key}" for key in wanted if key not in stored]
+    if whole:
+        wrong += [f"unexpected {key}" for key in stored if key not in wanted]
+    else:
+        wrong += [f"unexpected {key}" for key in stored if key.startswith("model.") and key not in wanted]
+    for key, value in wanted.items():
+        size = getattr(stored.get(key), "size", None)
+        if size is not None and isinstance(value, torch.Tensor) and tuple(size) != tuple(value.shape):
+            wrong.append(f"{key} is {tuple(size)}, the model wants {tuple(value.shape)}")
+    if wrong:
+        listed = "".join(f"\n  {line}" for line in wrong)
+        raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
+    try:
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint}/state: damaged: {error}; choose an earlier step") from error
+
+
+def _copy_all(files: Sequence[Path], into: Path) -> None:
+    into.mkdir(parents=True)
+    for file in files:
+        if file.is_dir():
+            shutil.copytree(file, into / file.name)
+        else:
+            shutil.copy(file, into / file.name)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write and flush to disk."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

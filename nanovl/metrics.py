@@ -1,0 +1,135 @@
+"""Numbers of a run: the step line for people, metrics.jsonl always, TensorBoard on request.
+
+Keys: step, tokens, seconds, train/loss, optim/grad_norm, optim/lr, perf/tokens_per_second (whole job),
+perf/data_wait (share of time), perf/mfu, perf/mfu_noncausal, memory/peak_gib, val/bpb, ... at full float precision.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Writer of metrics.jsonl (and tb/); on ranks other than 0 it writes nothing."""
+
+    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
+        self.file = None if folder is None else (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.board: Any = None
+        if folder is not None and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tb"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one object; every number with a `/` in its key goes to TensorBoard at `record["step"]`."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in record.items():
+                if "/" in key and isinstance(value, int | float):
+                    self.board.add_scalar(key, value, record["step"])
+            self.board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def truncate_after(file: Path, step: int) -> None:
+    """Drop what a killed session logged after the checkpoint that a resumed one starts from."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All records, oldest first; a last line that a kill cut short is left out."""
+    records: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Meter:
+    """Tokens and seconds since the last log line; time spent in validation, samples and saving does not count."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.tokens = 0
+        self.taken = 0
+        self.busy = 0.0
+        self.data_wait = 0.0
+        self.total_busy = 0.0
+        self.total_taken = 0
+        self._since = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """From here on time counts again."""
+        self._since = time.perf_counter()
+
+    def pause_clock(self) -> None:
+        """Time up to here counts."""
+        self.busy += time.perf_counter() - self._since
+
+    def step_done(self, tokens: int, data_wait: float) -> None:
+        """Count one step of `tokens` tokens of the whole job, of which `data_wait` seconds went into waiting for data."""
+        self.tokens += tokens
+        self.taken += 1
+        self.data_wait += data_wait
+
+    def read(self, step: int) -> dict[str, float]:
+        """Rates since the last call, and seconds to the end of the run; starts the next window."""
+        self.pause_clock()
+        self.total_busy += self.busy
+        self.total_taken += self.taken
+        rates = {
+            "tokens_per_second": self.tokens / self.busy,
+            "seconds_per_step": self.busy / self.taken,
+            "data_wait": self.data_wait / self.busy,
+            "eta": (self.steps - step) * self.total_busy / self.total_taken,
+        }
+        if self.total_taken == self.taken:
+            self.total_busy, self.total_taken = 0.0, 0  # the first window holds compilation and warm-up
+        self.tokens = self.taken = 0
+        self.busy = self.data_wait = 0.0
+        self.resume_clock()
+        return rates
+
+
+def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
+    """The line of one logged step; what is unknown (MFU on a CPU) is left out."""
+    step = record["step"]
+    parts = [
+        f"step {step:>5}/{steps}",
+        f"{100 * step / steps:4.1f}%",
+        f"loss {record['train/loss']:.4f}",
+        f"norm {record['optim/grad_norm']:.2f}",
+        f"lr {record['optim/lr']:.1e}",
+        f"{record['perf/tokens_per_second']:,.0f} tok/s",
+    ]
+    if record.get("perf/mfu") is not None:
+        parts.append(f"mfu {100 * record['perf/mfu']:.1f}%")
+    parts += [f"mem {record['memory/peak_gib']:.1f}G", f"eta {duration(eta)}"]
+    if record["perf/data_wait"] > 0.1:
+        parts.append(f"data wait {100 * record['perf/data_wait']:.0f}% (slow loader)")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """8h22m, 3m07s, 12s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 60}m{whole % 60:02}s" if whole >= 60 else f"{whole}s"
