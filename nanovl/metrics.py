@@ -47,8 +47,8 @@ def truncate_after(file: Path, step: int) -> None:
     """Drop what a killed session logged after the checkpoint that a resumed one starts from."""
     if not file.exists():
         return
-    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = [json.dumps(record) + "\n" for record in read_metrics(file) if record["step"] <= step]
+    file.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -71,8 +71,6 @@ class Meter:
         self.taken = 0
         self.busy = 0.0
         self.data_wait = 0.0
-        self.total_busy = 0.0
-        self.total_taken = 0
         self._since = time.perf_counter()
 
     def resume_clock(self) -> None:
@@ -92,16 +90,12 @@ class Meter:
     def read(self, step: int) -> dict[str, float]:
         """Rates since the last call, and seconds to the end of the run; starts the next window."""
         self.pause_clock()
-        self.total_busy += self.busy
-        self.total_taken += self.taken
         rates = {
             "tokens_per_second": self.tokens / self.busy,
             "seconds_per_step": self.busy / self.taken,
             "data_wait": self.data_wait / self.busy,
-            "eta": (self.steps - step) * self.total_busy / self.total_taken,
+            "eta": (self.steps - step) * self.busy / self.taken,
         }
-        if self.total_taken == self.taken:
-            self.total_busy, self.total_taken = 0.0, 0  # the first window holds compilation and warm-up
         self.tokens = self.taken = 0
         self.busy = self.data_wait = 0.0
         self.resume_clock()

@@ -137,13 +137,21 @@ class Checkpointer:
 
     def _commit(self, draft: Path, final: Path) -> None:
         if self.rank == 0:
-            (draft / "meta.draft.json").rename(draft / "meta.json")
-            for folder in (draft / "ranks", draft):
-                _flush_folder(folder)
-            draft.rename(final)
-            _flush_folder(self.folder)
+            _publish(draft, final)
             for old in committed(self.folder)[: -self.keep] if self.keep else []:
                 shutil.rmtree(old)
+
+
+def save_weights(folder: Path, model: nn.Module, meta: Mapping[str, Any], files: Sequence[Path]) -> Path:
+    """Commit `model` alone as step 0 of `folder`, in one process; there is nothing in it to resume training from."""
+    final = folder / "step_000000"
+    draft = final.with_suffix(".tmp")
+    _copy_all(files, draft)
+    (draft / "ranks").mkdir()
+    _write(draft / "meta.draft.json", json.dumps({**meta, "step": 0}, indent=2).encode())
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=draft / "state", no_dist=True)
+    _publish(draft, final)
+    return final
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -188,6 +196,15 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except Exception as error:
         raise CheckpointError(f"{checkpoint}/state: damaged: {error}; choose an earlier step") from error
+
+
+def _publish(draft: Path, final: Path) -> None:
+    """Make the draft the checkpoint, in one rename."""
+    (draft / "meta.draft.json").rename(draft / "meta.json")
+    for folder in (draft / "ranks", draft):
+        _flush_folder(folder)
+    draft.rename(final)
+    _flush_folder(final.parent)
 
 
 def _copy_all(files: Sequence[Path], into: Path) -> None:

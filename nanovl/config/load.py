@@ -95,6 +95,12 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "nanovl job", **schema}
 
 
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """Field -> its docstring, from the schema's source."""
+    properties = _adapter(kind).json_schema()["properties"]
+    return {name: text.get("description", "") for name, text in properties.items()}
+
+
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     for part in _dataclasses_below(kind):
         part.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -115,15 +121,16 @@ def _dataclasses_below(kind: Any) -> list[Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)  # a run's resolved config.json
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"--config {path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}") from None
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
@@ -192,12 +199,12 @@ def _literal(text: str, path: list[str]) -> Any:
     kind: Any = Job
     for part in path:
         kind = _type_at(kind, part)
-    if str in (kind, *typing.get_args(kind)) or (typing.get_origin(kind) is typing.Literal):
+    if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+        return {"True": True, "False": False, "none": None, "None": None}.get(text, text)
 
 
 def _type_at(kind: Any, part: str | int) -> Any:

@@ -1,0 +1,60 @@
+"""`nanovl.load`: a run, a checkpoint or a Hugging Face directory -> model, tokenizer and job in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanovl.checkpoint.locate import fill, resolve_checkpoint, spec_at
+from nanovl.config.schema import Job
+from nanovl.device import pick_device
+from nanovl.errors import ConfigError
+from nanovl.run import Run
+from nanovl.spec import ModelSpec
+from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use, and what belongs to it."""
+
+    model: nn.Module
+    """Call it on tokens_BT (int64) for float32 logits [B, T, V]."""
+    tokenizer: AnyTokenizer
+    job: Job | None
+    """The job that trained it; None for a Hugging Face directory."""
+    spec: ModelSpec
+    path: Path
+    """The checkpoint or directory the weights came from."""
+
+
+def load(path: str | Path, *, device: str | torch.device = "", dtype: str | torch.dtype = torch.float32) -> Loaded:
+    """Load weights and tokenizer from a run folder (newest checkpoint), a checkpoint or a Hugging Face directory.
+
+    `device` defaults to the GPU if there is one; `dtype` is that of the weights. Raises CheckpointError, ConfigError.
+    """
+    where = Path(path)
+    checkpoint = resolve_checkpoint(where)
+    source = where if checkpoint is None else checkpoint
+    spec = spec_at(source)
+    place = pick_device(name=str(device))
+    with torch.device("meta"):
+        model = spec.family.model(spec.config)
+    model.to_empty(device=place)
+    model.init_buffers(place)  # type: ignore[operator]
+    fill(model, source, spec)
+    model.to(_dtype(dtype)).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(source if checkpoint is None else checkpoint / "tokenizer")
+    return Loaded(model, tokenizer, None if checkpoint is None else Run(checkpoint).read_job(), spec, source)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype = {dtype!r}: wants float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, dtype)
+    return found

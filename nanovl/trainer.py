@@ -1,0 +1,370 @@
+"""`nanovl train`: text -> tokenizer -> model -> checkpoints, samples, bits per byte, report. One job, any mesh."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import math
+import signal
+import time
+from collections.abc import Sequence
+
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from nanovl import __version__, dist
+from nanovl.build import architecture, build_model, build_optimizers, build_tokenizer, resolve_sizes
+from nanovl.checkpoint.manager import Checkpointer, committed
+from nanovl.config.schema import Job
+from nanovl.data.documents import heldout_texts
+from nanovl.data.loader import Loader, heldout_rows
+from nanovl.device import decide_modes, hardware, peak_flops, peak_memory_gib, pick_device, set_determinism
+from nanovl.errors import NanovlError, TrainingError
+from nanovl.eval.bpb import bits_per_byte, compressor_bpb
+from nanovl.inference.engine import Engine
+from nanovl.log import Log
+from nanovl.mesh import build_mesh
+from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
+from nanovl.profiling import Profiler
+from nanovl.registry import spec_to_dict
+from nanovl.run import Run, write_json
+from nanovl.spec import Batch
+from nanovl.step import train_step
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal asked to stop; the state is saved, run again with --resume
+
+
+def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] = ()) -> Run:
+    """Train `job` to its end and return its run folder. Every rank of a torchrun launch calls it.
+
+    Raises NanovlError for what a user can mend, and SystemExit(75) where a signal stopped the run after it was saved.
+    """
+    world = dist.world_from_env()
+    run = Run(Path(job.job.run_dir))
+    if world.rank == 0:
+        run.require_fresh(resume)
+    device = pick_device(world.local_rank)
+    dist.start(device)
+    trainer: Trainer | None = None
+    reason = "crashed"
+    try:
+        trainer = Trainer(job, run, device, resume, config_files)
+        reason = trainer.train()
+    except NanovlError as error:
+        reason = f"failed: {error}"
+        raise
+    except KeyboardInterrupt:
+        reason = "interrupted twice; not saved"
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close(reason)
+        elif world.rank == 0 and run.sessions():
+            run.end(reason)
+        dist.stop()
+    if reason.startswith("stopped"):
+        raise SystemExit(EXIT_STOPPED)
+    return run
+
+
+class Trainer:
+    """One run in this process: built once, then `train()`."""
+
+    def __init__(self, job: Job, run: Run, device: torch.device, resume: bool, config_files: Sequence[str | Path]) -> None:
+        self.run, self.device = run, device
+        self.world = dist.world_from_env()
+        self.main = self.world.rank == 0
+        self.log = log = Log(self.world.rank, run.folder / "logs")
+        self.stop_signal = 0
+        set_determinism(job.debug.deterministic)
+        torch.manual_seed(job.debug.seed)
+        self.mesh = build_mesh(job.parallelism, self.world.size, device)
+        resumed_from = self._checkpoint_to_resume(resume)
+        if self.main:
+            run.write_job(job, config_files)
+            run.begin(hardware(device), self.world.size, str(self.mesh))
+        self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
+        self.spec = architecture(job, self.tokenizer)
+        self.job, scaling = resolve_sizes(job, self.spec, self.world.size)
+        self.modes = decide_modes(
+            device,
+            self.spec.config.hidden_size,
+            self.job.training.steps,
+            job.training.mixed_precision_param,
+            job.compile.enable,
+        )
+        if self.main:
+            run.write_job(self.job, config_files)
+        self._say_header()
+        self.model = build_model(self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None)
+        self.optimizers = build_optimizers(self.job, self.model, scaling, self.modes, log)
+        self.loader = Loader(self.job, self.tokenizer, rank=self.mesh.data_rank, degree=self.mesh.data_degree)
+        settings = self.job.checkpoint
+        self.checkpointer = Checkpointer(
+            run.checkpoints,
+            self.model,
+            self.optimizers.optimizers,
+            settings.keep_latest_k,
+            settings.async_mode == "async" or (settings.async_mode == "auto" and device.type == "cuda"),
+            log,
+        )
+        self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0.0
+        self.parents = [str(p) for p in (settings.initial_load_path, resumed_from) if p]
+        if resumed_from is not None:
+            self._resume(resumed_from)
+        if self.main:
+            truncate_after(run.metrics, self.step)
+        self.metrics = Metrics(run.folder if self.main else None, self.job.metrics.tensorboard)
+        self.profiler = Profiler(self.job.profiling, run.folder / "traces", self.world.rank)
+        self.heldout: dict[int, tuple[list[Batch], bytes]] = {}
+
+    def train(self) -> str:
+        """Every step that is left; returns why it ended: "finished" or "stopped by SIGTERM"."""
+        job, steps = self.job, self.job.training.steps
+        meter = Meter(steps)
+        previous_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        if job.training.gc_freq:
+            gc.disable()  # a collection on one rank makes all others wait, so all collect at the same step
+        try:
+            if self.step >= steps:
+                self.log.say(f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on")
+            while self.step < steps:
+                stop = self._one_step(meter)
+                last = self.step == steps
+                if stop or (job.checkpoint.interval and self.step % job.checkpoint.interval == 0) or last:
+                    self._outside(meter, self._save)
+                if stop and not last:
+                    self.checkpointer.wait()
+                    name = signal.Signals(self.stop_signal).name if self.stop_signal else "another rank's signal"
+                    self.log.say(f"stopped by {name} after step {self.step}, saved; go on with --resume")
+                    return f"stopped by {name}"
+                if job.validation.freq and self.step % job.validation.freq == 0 and not last:
+                    self._outside(meter, self._validate)
+                if job.sampling.freq and self.step % job.sampling.freq == 0 and not last:
+                    self._outside(meter, self._sample)
+            self._finish()
+            return "finished"
+        finally:
+            gc.enable()
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+
+    def close(self, reason: str) -> None:
+        """Stop background work and say in run.json how it ended."""
+        self.loader.close()
+        self.profiler.close()
+        self.metrics.close()
+        if self.main:
+            self.run.end(reason)
+        self.log.close()
+
+    def _one_step(self, meter: Meter) -> bool:
+        """Take one step, log it when its turn comes; returns whether to stop."""
+        job = self.job
+        self.optimizers.set_schedule(self.step)
+        waiting = time.perf_counter()
+        batches = self.loader.next_step()
+        waited = time.perf_counter() - waiting
+        result = train_step(
+            self.model,
+            batches,
+            loss_group=self.mesh.loss_group,
+            max_norm=job.training.max_norm,
+            chunk_tokens=job.training.loss_chunk_tokens,
+            cross_document_attention=job.data.cross_document_attention,
+            stop=self.stop_signal != 0,
+        )
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingError(
+                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; weights are unchanged. "
+                f"Resume from {self.run.checkpoints} with a lower optimizer.lr or a lower training.max_norm"
+            )
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        self.step += 1
+        step_tokens = job.training.global_batch_size * job.training.seq_len
+        self.tokens += step_tokens
+        self.flops += self._flops(batches, step_tokens)
+        meter.step_done(step_tokens, waited)
+        self.profiler.step_done()
+        if job.training.gc_freq and self.step % job.training.gc_freq == 0:
+            gc.collect(1)
+        if self.step % job.metrics.log_freq == 0 or self.step in (1, job.training.steps) or result.stop:
+            self._log_step(meter, result.loss, result.grad_norm)
+        return result.stop
+
+    def _log_step(self, meter: Meter, loss: float, grad_norm: float) -> None:
+        taken = meter.taken
+        rates = meter.read(self.step)
+        self.seconds += rates["seconds_per_step"] * taken
+        peak = peak_flops(self.device)
+        record: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "flops": self.flops,
+            "train/loss": loss,
+            "optim/grad_norm": grad_norm,
+            "optim/lr": self.optimizers.lr,
+            "perf/tokens_per_second": rates["tokens_per_second"],
+            "perf/data_wait": rates["data_wait"],
+            "perf/mfu": None,
+            "memory/peak_gib": peak_memory_gib(self.device),
+            **{f"data/{key}": value for key, value in self.loader.stats().items()},
+        }
+        if peak is not None:
+            per_second = rates["tokens_per_second"] / (peak * self.world.size)
+            record["perf/mfu"] = self.flops / self.tokens * per_second
+            seq_len = self.job.training.seq_len
+            dense = 3 * self.model.forward_flops_per_token(lambda window: min(window or seq_len, seq_len))  # type: ignore[operator]
+            record["perf/mfu_noncausal"] = dense * per_second
+        self.metrics.write(record)
+        self.log.say(step_line(record, self.job.training.steps, rates["eta"]))
+
+    def _flops(self, batches: Sequence[Batch], tokens: int) -> float:
+        """Training FLOPs of a step, exact for its documents: a query at place p sees min(p + 1, window) keys."""
+        places = torch.cat([b["positions_BT"].flatten() for b in batches]) + 1
+
+        def mean_keys(window: int | None) -> float:
+            return (places if window is None else places.clamp(max=window)).double().mean().item()
+
+        return 3 * self.model.forward_flops_per_token(mean_keys) * tokens  # type: ignore[operator]
+
+    def _validate(self, *, final: bool = False) -> dict[str, Any]:
+        """Bits per byte on held-out text, logged; the same rows every time."""
+        settings = self.job.validation
+        limit = settings.final_max_bytes if final else settings.max_bytes
+        if limit not in self.heldout:
+            self.heldout[limit] = heldout_rows(
+                heldout_texts(self.job),
+                self.tokenizer,
+                self.job.training.seq_len,
+                limit,
+                self.mesh.data_rank,
+                self.mesh.data_degree,
+                settings.local_batch_size or self.job.training.local_batch_size,
+            )
+        batches, text = self.heldout[limit]
+        token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).long()
+        began = time.perf_counter()
+        result = bits_per_byte(
+            self.model,
+            batches,
+            token_bytes,
+            loss_group=self.mesh.loss_group,
+            chunk_tokens=self.job.training.loss_chunk_tokens,
+        )
+        found = {"val/bpb": result.bpb, "val/bytes": result.bytes, "val/tokens": result.tokens}
+        self.metrics.write({"step": self.step, "tokens": self.tokens, "seconds": self.seconds, **found})
+        self.log.say(
+            f"eval {self.step:>5}        bpb {result.bpb:.4f}  ({result.bytes:,} bytes of held-out text, "
+            f"{duration(time.perf_counter() - began)})"
+        )
+        if final:
+            found["compressors"] = compressor_bpb(text)
+        if self.main:
+            (self.run.folder / "evals").mkdir(exist_ok=True)
+            write_json(self.run.folder / "evals" / f"step_{self.step:06d}.json", {"step": self.step, **found})
+        return found
+
+    def _sample(self) -> None:
+        """Continue the job's prompts with the weights as they are; every rank takes part."""
+        settings = self.job.sampling
+        if not settings.prompts:
+            return
+        engine = Engine(self.model, self.tokenizer, max_rows=len(settings.prompts))
+        completions = engine.generate(
+            settings.prompts,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=self.job.debug.seed,
+        )
+        for prompt, completion in zip(settings.prompts, completions, strict=True):
+            self.log.say(f"sample {self.step:>5}      {json.dumps(prompt)} -> {json.dumps(completion.text)}")
+            if self.main:
+                with (self.run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": self.step, "prompt": prompt, "completion": completion.text}) + "\n")
+
+    def _save(self) -> None:
+        if not self.job.checkpoint.enable:
+            return
+        began = time.perf_counter()
+        meta = {
+            "stage": "pretrain",
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "flops": self.flops,
+            "model": spec_to_dict(self.spec),
+            "tokenizer_hash": self.tokenizer.hash(),
+            "mesh": str(self.mesh),
+            "world_size": self.world.size,
+            "parents": self.parents,
+            "nanovl": __version__,
+        }
+        rank_state = {
+            "data": self.loader.state_dict(),
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        }
+        path = self.checkpointer.save(self.step, meta, rank_state, [self.run.config, self.run.tokenizer])
+        background = " (goes on in background)" if self.checkpointer.group is not None else ""
+        self.log.say(f"save {self.step:>5}        {path}  {duration(time.perf_counter() - began)}{background}")
+
+    def _finish(self) -> None:
+        """The last evaluation and samples, beside the checkpoint that is already safe."""
+        self.checkpointer.wait()
+        self.heldout.clear()
+        if self.job.validation.freq:
+            found = self._validate(final=True)
+            for name, bpb in found["compressors"].items():
+                self.log.say(f"                  {name} on the same text: {bpb:.4f} bits per byte")
+        self._sample()
+        self.log.say(f"done in {duration(self.seconds)} of training: {self.tokens:,} tokens, {self.flops:.3g} FLOPs")
+
+    def _resume(self, checkpoint: Path) -> None:
+        restored = self.checkpointer.load(checkpoint)
+        meta = restored.meta
+        self.step, self.tokens = meta["step"], meta["tokens"]
+        self.seconds, self.flops = meta["seconds"], meta["flops"]
+        self.loader.load_state_dict([state["data"] for state in restored.ranks])
+        if self.world.rank < len(restored.ranks):
+            rng = base64.b64decode(restored.ranks[self.world.rank]["rng"])
+            torch.set_rng_state(torch.frombuffer(bytearray(rng), dtype=torch.uint8))
+        self.log.say(f"  resume    {checkpoint} (step {self.step})")
+
+    def _checkpoint_to_resume(self, resume: bool) -> Path | None:
+        """The newest complete checkpoint, as rank 0 sees it; None = from the start."""
+        found = committed(self.run.checkpoints)[-1:] if resume and self.main else []
+        path: Path | None = dist.broadcast_object(found[0] if found else None)
+        if resume and path is None:
+            self.log.warn(f"  resume    {self.run.checkpoints} holds no complete checkpoint: starting at step 0")
+        return path
+
+    def _outside(self, meter: Meter, work: Any) -> None:
+        """Do what is not training, off the clock."""
+        meter.pause_clock()
+        work()
+        meter.resume_clock()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal:
+            raise KeyboardInterrupt  # asked twice: now, not after the step
+        self.stop_signal = number
+
+    def _say_header(self) -> None:
+        job, training, spec = self.job, self.job.training, self.spec
+        with torch.device("meta"):
+            model = spec.family.model(spec.config)
+        total = sum(p.numel() for p in model.parameters())
+        tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        batch = training.global_batch_size * training.seq_len
+        self.log.say(f"nanovl {__version__}  train  {spec.family.name}  {total:,} parameters ({total - tables:,} without embeddings)")
+        self.log.say(f"  run       {self.run.folder}")
+        kinds = ", ".join(f"{s.kind} {s.path}".strip() for s in job.data.sources)
+        self.log.say(f"  data      {kinds}: {batch * training.steps:,} tokens = {training.steps:,} steps of {batch:,}")
+        self.log.say(f"  mesh      {self.mesh} on {hardware(self.device)}, {torch.get_num_threads()} threads a rank")
+
