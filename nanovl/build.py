@@ -19,7 +19,7 @@ from nanovl.log import Log
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
 from nanovl.optim.build import Optimizers
-from nanovl.optim.scaling import Scaling, nanochat_scaling
+from nanovl.optim.scaling import SizeRules, horizon_tokens, size_rules
 from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.registry import resolve_model
@@ -27,8 +27,6 @@ from nanovl.run import Run
 from nanovl.spec import ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
-
-REFERENCE_DEPTH = 12  # the size that nanochat's learning rates and batch were tuned at
 
 
 def build_tokenizer(job: Job, run: Run, rank: int, log: Log) -> AnyTokenizer:
@@ -51,38 +49,32 @@ def build_tokenizer(job: Job, run: Run, rank: int, log: Log) -> AnyTokenizer:
     return load_tokenizer(run.tokenizer)
 
 
-def resolve_sizes(job: Job, spec: ModelSpec, world_size: int) -> tuple[Job, Scaling]:
+def resolve_sizes(job: Job, spec: ModelSpec, world_size: int) -> tuple[Job, SizeRules]:
     """`job` with steps, global batch and parameter groups filled in, and the factors on its learning rates.
 
     Raises ConfigError where the filled-in numbers break a rule.
     """
-    counted = matrix_parameters(spec)
+    training = job.training
+    parameters = matrix_parameters(spec)
     if job.optimizer.scaling == "nanochat":
-        if not hasattr(spec.config, "depth"):
-            raise ConfigError(f'optimizer.scaling = "nanochat": {spec.family.name} has no depth; use "none"')
-        reference = matrix_parameters(ModelSpec(spec.family, replace(spec.config, depth=REFERENCE_DEPTH)))
-        scaling = nanochat_scaling(
-            parameters=counted,
-            reference_parameters=reference,
-            hidden_size=spec.config.hidden_size,
-            tokens_per_parameter=job.training.tokens_per_parameter,
-            batch_tokens=job.training.global_batch_size * job.training.seq_len,
-        )
+        batch_tokens = training.global_batch_size * training.seq_len
+        rules = size_rules(parameters, spec.config.hidden_size, training.tokens_per_parameter, batch_tokens)
     else:
-        rows = job.training.global_batch_size or job.training.local_batch_size * data_parallel_degree(job, world_size)
-        horizon = round(job.training.tokens_per_parameter * counted)
-        scaling = Scaling.none(batch_tokens=rows * job.training.seq_len, horizon_tokens=horizon)
+        rows = training.global_batch_size or training.local_batch_size * data_parallel_degree(job, world_size)
+        batch_tokens = rows * training.seq_len
+        tokens = horizon_tokens(parameters, training.tokens_per_parameter)
+        rules = SizeRules(tokens, batch_tokens, tokens // batch_tokens, 1.0, 1.0, 1.0)
     training = replace(
-        job.training,
-        global_batch_size=job.training.global_batch_size or max(1, scaling.batch_tokens // job.training.seq_len),
-        steps=job.training.steps or max(1, scaling.steps),
+        training,
+        global_batch_size=training.global_batch_size or max(1, rules.batch_tokens // training.seq_len),
+        steps=training.steps or max(1, rules.steps),
     )
     groups = job.optimizer.groups or spec.family.optimizer_groups(spec.config)
     resolved = replace(job, training=training, optimizer=replace(job.optimizer, groups=groups))
     mistakes = check_job(resolved, world_size)
     if mistakes:
         raise ConfigError(mistakes, "the sizes that follow from the model")
-    return resolved, scaling
+    return resolved, rules
 
 
 def matrix_parameters(spec: ModelSpec) -> int:
@@ -117,14 +109,17 @@ def build_model(job: Job, spec: ModelSpec, mesh: Mesh, modes: Modes, device: tor
     return model
 
 
-def build_optimizers(job: Job, model: nn.Module, scaling: Scaling, modes: Modes, log: Log) -> Optimizers:
+def build_optimizers(job: Job, model: nn.Module, rules: SizeRules, modes: Modes, log: Log) -> Optimizers:
     """Optimizers over the job's groups; prints the table of who learns how."""
     optimizers = Optimizers(
-        list(model.named_parameters()),
+        model.named_parameters(),
+        job.optimizer.groups,
         job.optimizer,
         job.lr_schedule,
         steps=job.training.steps,
-        scaling=scaling,
+        width_factor=rules.width_factor,
+        batch_factor=rules.batch_factor,
+        decay_factor=rules.decay_factor,
         compute_dtype=modes.param_dtype,
     )
     log.table(*optimizers.table(), title="  optimizer groups")

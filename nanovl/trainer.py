@@ -89,7 +89,7 @@ class Trainer:
             run.begin(hardware(device), self.world.size, str(self.mesh))
         self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
         self.spec = architecture(job, self.tokenizer)
-        self.job, scaling = resolve_sizes(job, self.spec, self.world.size)
+        self.job, rules = resolve_sizes(job, self.spec, self.world.size)
         self.modes = decide_modes(
             device,
             self.spec.config.hidden_size,
@@ -101,7 +101,7 @@ class Trainer:
             run.write_job(self.job, config_files)
         self._say_header()
         self.model = build_model(self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None)
-        self.optimizers = build_optimizers(self.job, self.model, scaling, self.modes, log)
+        self.optimizers = build_optimizers(self.job, self.model, rules, self.modes, log)
         self.loader = Loader(self.job, self.tokenizer, rank=self.mesh.data_rank, degree=self.mesh.data_degree)
         settings = self.job.checkpoint
         self.checkpointer = Checkpointer(

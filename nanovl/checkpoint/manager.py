@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -102,8 +104,9 @@ class Checkpointer:
         if self.rank == 0:
             _copy_all(files, draft)
             _write(draft / "meta.draft.json", json.dumps({**meta, "step": step}, indent=2).encode())
-        _write(draft / "ranks" / f"rank_{self.rank:05d}.json.gz", gzip.compress(json.dumps(rank_state).encode(), 1))
         barrier()
+        _write(draft / "ranks" / f"rank_{self.rank:05d}.json.gz", gzip.compress(json.dumps(rank_state).encode(), 1))
+        barrier()  # every rank's file is there before rank 0 can commit
         state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
         if self.group is None:
             dcp.save(state, checkpoint_id=draft / "state")
@@ -176,9 +179,11 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
     """dcp.load into `state`, after comparing names and shapes; `whole` = every stored key must be wanted."""
     reader = dcp.FileSystemReader(checkpoint / "state")
     try:
-        stored = reader.read_metadata().state_dict_metadata
-    except Exception as error:
+        metadata = reader.read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint}/state: cannot be read: {error}; choose an earlier step") from error
+    _check_shards(checkpoint / "state", metadata.storage_data)
+    stored = metadata.state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
     wrong = [f"missing {key}" for key in wanted if key not in stored]
     if whole:
@@ -194,8 +199,20 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
         raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
     try:
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint}/state: damaged: {error}; choose an earlier step") from error
+    except CheckpointException as error:  # a BaseException: it carries what went wrong on every rank
+        reasons = "; ".join(sorted({repr(failure[0]) for failure in error.failures.values()}))
+        raise CheckpointError(f"{checkpoint}/state: damaged: {reasons}; choose an earlier step") from error
+
+
+def _check_shards(folder: Path, places: Mapping[Any, Any]) -> None:
+    """Raises CheckpointError where a shard file is absent or was cut short; DCP itself reads what is left."""
+    ends: dict[str, int] = {}
+    for place in places.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if size < end:
+            raise CheckpointError(f"{folder / name} has {size} bytes of {end}; choose an earlier step")
 
 
 def _publish(draft: Path, final: Path) -> None:
