@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Checkpointer:
         # its own group: the writing thread must not share a group with training's collectives
         self.group = dist.new_group(backend="gloo") if background else None
         self.pending: Future[Any] | None = None
+        self.settled = threading.Event()
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
@@ -115,13 +117,14 @@ class Checkpointer:
         else:
             self.pending = dcp.async_save(state, checkpoint_id=draft / "state", process_group=self.group)  # type: ignore[assignment]
             # rank 0's write ends with the metadata it gathers from all ranks, so when it is done everybody is
-            if self.rank == 0 and self.pending is not None:
-                self.pending.add_done_callback(lambda done: None if done.exception() else self._commit(draft, final))
+            self.settled.clear()
+            self.pending.add_done_callback(lambda written: self._settle(written, draft, final))
         return final
 
     def wait(self) -> None:
         """Until the checkpoint being written is committed. Raises what its writing raised."""
         if self.pending is not None:
+            self.settled.wait()  # a future's waiters wake before its callbacks have run
             self.pending.result()
             self.pending = None
             barrier()
@@ -137,6 +140,13 @@ class Checkpointer:
 
     def _optimizer_state(self) -> dict[str, Any]:
         return get_optimizer_state_dict(self.model, self.optimizers, options=_FLAT)
+
+    def _settle(self, written: Future[Any], draft: Path, final: Path) -> None:
+        try:
+            if written.exception() is None:
+                self._commit(draft, final)
+        finally:
+            self.settled.set()
 
     def _commit(self, draft: Path, final: Path) -> None:
         if self.rank == 0:
