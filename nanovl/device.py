@@ -68,6 +68,7 @@ class Modes:
 # measured by benchmarks/train_cpu.py: below these widths casts cost more than they save
 CPU_BF16_MIN_WIDTH = 256
 COMPILE_SECONDS_WORTH_STEPS = 300
+CPU_LOGITS_BYTES = 8 * 2**20
 
 
 def decide_modes(
@@ -87,6 +88,11 @@ def decide_modes(
     param_dtype = (torch.bfloat16 if gpu or wide else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     compiled = (gpu or steps >= COMPILE_SECONDS_WORTH_STEPS) if compile_mode == "auto" else compile_mode == "on"
     return Modes(param_dtype, compiled)
+
+
+def loss_chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    """Tokens whose logits the loss holds at once: on a CPU as many as stay in cache, on a GPU enough to fill it."""
+    return 4096 if device.type == "cuda" else max(64, CPU_LOGITS_BYTES // (4 * vocab_size))
 
 
 def cpu_multiplies_bf16() -> bool:

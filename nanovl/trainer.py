@@ -22,7 +22,15 @@ from nanovl.checkpoint.manager import Checkpointer, committed
 from nanovl.config.schema import Job
 from nanovl.data.documents import heldout_texts
 from nanovl.data.loader import Loader, heldout_rows
-from nanovl.device import decide_modes, hardware, peak_flops, peak_memory_gib, pick_device, set_determinism
+from nanovl.device import (
+    decide_modes,
+    hardware,
+    loss_chunk_tokens,
+    peak_flops,
+    peak_memory_gib,
+    pick_device,
+    set_determinism,
+)
 from nanovl.errors import NanovlError, TrainingError
 from nanovl.eval.bpb import bits_per_byte, compressor_bpb
 from nanovl.inference.engine import Engine
@@ -97,6 +105,7 @@ class Trainer:
             job.training.mixed_precision_param,
             job.compile.enable,
         )
+        self.chunk_tokens = job.training.loss_chunk_tokens or loss_chunk_tokens(device, self.spec.config.vocab_size)
         if self.main:
             run.write_job(self.job, config_files)
         self._say_header()
@@ -174,7 +183,7 @@ class Trainer:
             batches,
             loss_group=self.mesh.loss_group,
             max_norm=job.training.max_norm,
-            chunk_tokens=job.training.loss_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             cross_document_attention=job.data.cross_document_attention,
             stop=self.stop_signal != 0,
         )
@@ -256,7 +265,7 @@ class Trainer:
             batches,
             token_bytes,
             loss_group=self.mesh.loss_group,
-            chunk_tokens=self.job.training.loss_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
         )
         found = {"val/bpb": result.bpb, "val/bytes": result.bytes, "val/tokens": result.tokens}
         self.metrics.write({"step": self.step, "tokens": self.tokens, "seconds": self.seconds, **found})

@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     Since the loss is one weighted sum, each chunk's gradient is known up to one factor while its logits are at hand:
     forward keeps d(loss)/dx and d(loss)/dW, backward only scales them. So logits are neither stored nor recomputed.
-    With z the logits, c the cap, u = c tanh(z/c):  dz = w (softmax(u) - onehot) (1 - (u/c)^2).
+    With z the logits, c the cap, u = c tanh(z/c):  dz = w (softmax(u) - onehot) (1 - tanh(z/c)^2).
     """
 
     @staticmethod
@@ -83,15 +83,16 @@ def chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """-log p(target) [C] float32 (0 where ignored), and the weighted gradient of the raw logits in their own dtype."""
     z_CV = raw_CV.float()
-    u_CV = z_CV if softcap is None else softcap * torch.tanh(z_CV / softcap)
+    tanh_CV = None if softcap is None else torch.tanh(z_CV / softcap)
+    u_CV = z_CV if tanh_CV is None else softcap * tanh_CV
     valid_C = targets_C >= 0
     index_C1 = targets_C.clamp(min=0)[:, None]
-    lse_C1 = u_CV.logsumexp(dim=-1, keepdim=True)
-    nll_C = torch.where(valid_C, (lse_C1 - u_CV.gather(1, index_C1))[:, 0], 0.0)
+    logp_CV = F.log_softmax(u_CV, dim=-1)
+    nll_C = torch.where(valid_C, -logp_CV.gather(1, index_C1)[:, 0], 0.0)
     if not wants_grad:
         return nll_C, None
     w_C1 = (weights_C * valid_C)[:, None]
-    d_CV = (u_CV - lse_C1).exp_().mul_(w_C1).scatter_add_(1, index_C1, -w_C1)
-    if softcap is not None:
-        d_CV *= 1.0 - (u_CV / softcap).square_()
+    d_CV = logp_CV.exp_().mul_(w_C1).scatter_add_(1, index_C1, -w_C1)  # in place: these passes are bound by memory
+    if tanh_CV is not None:
+        d_CV *= 1.0 - tanh_CV.square_()
     return nll_C, d_CV.to(raw_CV.dtype)

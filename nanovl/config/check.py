@@ -32,7 +32,6 @@ def _bounds(job: Job) -> list[str]:
     positive = [
         ("training.seq_len", job.training.seq_len),
         ("training.local_batch_size", job.training.local_batch_size),
-        ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
         ("training.tokens_per_parameter", job.training.tokens_per_parameter),
         ("metrics.log_freq", job.metrics.log_freq),
         ("data.buffer_documents", job.data.buffer_documents),
@@ -49,6 +48,7 @@ def _bounds(job: Job) -> list[str]:
         ("training.steps", job.training.steps),
         ("training.global_batch_size", job.training.global_batch_size),
         ("training.max_norm", job.training.max_norm),
+        ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
         ("training.gc_freq", job.training.gc_freq),
         ("optimizer.lr", job.optimizer.lr),
         ("optimizer.eps", job.optimizer.eps),

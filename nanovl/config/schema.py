@@ -91,8 +91,8 @@ class Training:
     """Dtype of compute and of gathered weights; masters stay float32. `auto`: the fastest known for this device and width."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over ranks."""
-    loss_chunk_tokens: int = 2048
-    """Tokens whose logits exist at one time in the loss."""
+    loss_chunk_tokens: int = 0
+    """Tokens whose logits exist at one time in the loss; 0 = what suits the device."""
     gc_freq: int = 50
     """Steps between garbage collections, made at the same step on every rank; 0 = Python's own rhythm."""
 
