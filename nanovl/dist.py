@@ -120,8 +120,8 @@ def _rank_main(
         )
         # bytes, because tensors on a queue travel by a file descriptor that dies with this process
         results.put((rank, True, pickle.dumps(fn(rank, *args))))
-        dist.barrier()
-        dist.destroy_process_group()
+        barrier()  # nobody leaves while a peer still talks to it
+        stop()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         results.close()

@@ -57,6 +57,7 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
         run.require_fresh(resume)
     device = pick_device(world.local_rank)
     dist.start(device)
+    dist.barrier()  # no rank writes into the folder before rank 0 has found it fresh
     trainer: Trainer | None = None
     reason = "crashed"
     try:

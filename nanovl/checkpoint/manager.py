@@ -90,6 +90,7 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if background else None
         self.pending: Future[Any] | None = None
         self.settled = threading.Event()
+        self.failure: BaseException | None = None
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
@@ -125,8 +126,9 @@ class Checkpointer:
         """Until the checkpoint being written is committed. Raises what its writing raised."""
         if self.pending is not None:
             self.settled.wait()  # a future's waiters wake before its callbacks have run
-            self.pending.result()
             self.pending = None
+            if self.failure is not None:
+                raise CheckpointError(f"{self.folder}: writing a checkpoint failed: {self.failure!r}") from self.failure
             barrier()
 
     def load(self, checkpoint: Path) -> Restored:
@@ -143,10 +145,11 @@ class Checkpointer:
 
     def _settle(self, written: Future[Any], draft: Path, final: Path) -> None:
         try:
-            if written.exception() is None:
-                self._commit(draft, final)
-        finally:
-            self.settled.set()
+            written.result()
+            self._commit(draft, final)
+        except BaseException as error:  # a future drops what its callbacks raise; wait() raises it
+            self.failure = error
+        self.settled.set()
 
     def _commit(self, draft: Path, final: Path) -> None:
         if self.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from nanovl.config.schema import Job, Source
@@ -168,6 +169,11 @@ def _optimizer(job: Job) -> list[str]:
             re.compile(group.match)
         except re.error as error:
             mistakes.append(f"optimizer.groups.{i}.match = {group.match!r}: not a regular expression: {error}")
+        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("beta1", 1.0), ("beta2", 1.0)):
+            value = getattr(group, name)
+            if value is not None and not 0 <= value <= most:
+                wanted = "0 or more" if most == math.inf else "a number from 0 to 1"
+                mistakes.append(f"optimizer.groups.{i}.{name} = {value}: wants {wanted}")
     if job.optimizer.muon.orthogonalization == "polar_express" and job.optimizer.muon.iterations > 5:
         mistakes.append(
             f"optimizer.muon.iterations = {job.optimizer.muon.iterations}: polar_express has coefficients for 5; "

@@ -106,11 +106,11 @@ class OptimizerGroup:
     lr: float | None = None
     """Peak learning rate; none = `optimizer.lr`."""
     beta1: float | None = None
-    """AdamW's first moment; none = `optimizer.beta1`."""
+    """AdamW's first moment; none = `optimizer.beta1`. Muon groups have none: their momentum is `optimizer.muon`'s."""
     beta2: float | None = None
     """AdamW's second moment, or NorMuon's; none = `optimizer.beta2` (muon: 0.9)."""
     weight_decay: float | None = None
-    """Decay per unit of learning rate; none = `optimizer.weight_decay`."""
+    """Decay per unit of learning rate; none = `optimizer.weight_decay`. Under nanochat scaling muon's follows the size."""
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the decay falls to 0 over the run."""
     scale_with_width: bool = False

@@ -59,6 +59,12 @@ def test_a_plain_job_has_no_mistakes() -> None:
         ({"training": {"seq_len": 0}}, 1, "training.seq_len = 0: wants a number above 0"),
         ({"optimizer": {"lr": -1.0}}, 1, "optimizer.lr = -1.0: wants 0 or more"),
         ({"optimizer": {"groups": [OptimizerGroup(match="(")]}}, 1, "optimizer.groups.0.match = '(': not a regular expression"),
+        ({"optimizer": {"groups": [OptimizerGroup(match="x", lr=-1)]}}, 1, "optimizer.groups.0.lr = -1: wants 0 or more"),
+        (
+            {"optimizer": {"groups": [OptimizerGroup(match="x", beta2=2.0)]}},
+            1,
+            "optimizer.groups.0.beta2 = 2.0: wants a number from 0 to 1",
+        ),
     ],
 )
 def test_each_rule_names_key_value_and_remedy(sections: dict[str, dict[str, object]], world: int, expected: str) -> None:
