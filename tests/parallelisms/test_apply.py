@@ -12,7 +12,7 @@ from nanovl.config.schema import ActivationCheckpoint, Job, Model
 from nanovl.device import Modes
 from nanovl.dist import all_reduce, fork_ranks
 from nanovl.log import Log
-from nanovl.mesh import build_mesh
+from nanovl.mesh import build_mesh, copy_full
 from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.init import init_weights, materialize, named_generator
 from nanovl.registry import resolve_model
@@ -55,6 +55,14 @@ def backward(model: nn.Module, part: slice) -> Tensor:
     return loss.detach()
 
 
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Replace the initial weights, of which many are zero and leave others without a gradient."""
+    for name, parameter in model.named_parameters():
+        full = torch.randn(parameter.shape, generator=named_generator(8, name)) * 0.2
+        copy_full(parameter, full)
+
+
 def on_mesh(rank: int, name: str, copies: int, world: int, changes: dict[str, Any], compiled: bool) -> dict[str, Any]:
     job = Job(**changes)
     job.parallelism.data_parallel_replicate_degree = copies
@@ -65,8 +73,9 @@ def on_mesh(rank: int, name: str, copies: int, world: int, changes: dict[str, An
     materialize(model, CPU)
     init_weights(model, seed=7)
     weights = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+    shake(model)
     loss = all_reduce(backward(model, slice(mesh.data_rank, None, mesh.data_degree)), group=mesh.loss_group)
-    grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    grads = {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
     norm = clip_gradients(model.parameters(), 0.5)
     clipped = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     return {"weights": weights, "loss": loss.item(), "grads": grads, "norm": norm, "clipped": clipped}
@@ -77,11 +86,13 @@ def alone(name: str) -> dict[str, Any]:
     with torch.no_grad():
         for n, p in model.named_parameters():
             model.init_parameter(n, p, named_generator(7, n))  # type: ignore[operator]
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    shake(model)
     loss = backward(model, slice(None)).item()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    return {"weights": weights, "loss": loss, "grads": grads, "norm": norm, "clipped": {n: p.grad for n, p in model.named_parameters()}}
+    clipped = {n: p.grad for n, p in model.named_parameters()}
+    return {"weights": weights, "loss": loss, "grads": grads, "norm": norm, "clipped": clipped}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
