@@ -11,12 +11,12 @@ from typing import TextIO
 
 
 class Log:
-    """Lines of one process: `say` for a person, on the ranks named by LOG_RANK (default 0), and always to the file."""
+    """One process's lines: `say` shows them on the ranks that LOG_RANK names (0), the file has all."""
 
     def __init__(self, rank: int = 0, folder: Path | None = None) -> None:
         self.rank = rank
         shown = os.environ.get("LOG_RANK", "0").split(",")
-        self.shown = str(rank) in shown
+        self.shown = str(rank) in [name.strip() for name in shown]
         self.file: TextIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(c) for c in header], *([_cell(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    lines = ("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)) for row in cells)
+    lines = (
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        for row in cells
+    )
     return "\n".join("  " + line.rstrip() for line in lines)
 
 

@@ -1,15 +1,18 @@
 """Numbers of a run: the step line for people, metrics.jsonl always, TensorBoard on request.
 
 Keys: step, tokens, seconds, train/loss, optim/grad_norm, optim/lr, perf/tokens_per_second (whole job),
-perf/data_wait (share of time), perf/mfu, perf/mfu_noncausal, memory/peak_gib, val/bpb, ... at full float precision.
+perf/data_wait (share of time), perf/mfu, perf/mfu_noncausal, memory/peak_gib, val/bpb, ..., floats in full.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+from nanovl.errors import RunError
 
 
 class Metrics:
@@ -21,7 +24,9 @@ class Metrics:
         if folder is not None and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tb"))
+            # purge_step hides what a killed session wrote after the step this one starts from
+            logged = read_metrics(folder / "metrics.jsonl")
+            self.board = SummaryWriter(str(folder / "tb"), purge_step=logged[-1]["step"] + 1 if logged else 0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one object; every number with a `/` in its key goes to TensorBoard at `record["step"]`."""
@@ -48,22 +53,27 @@ def truncate_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [json.dumps(record) + "\n" for record in read_metrics(file) if record["step"] <= step]
-    file.write_text("".join(kept), encoding="utf-8")
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, file)  # a kill leaves the old file or the new one
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All records, oldest first; a last line that a kill cut short is left out."""
+    """All records, oldest first, less a last line that a kill cut short. RunError for another broken one."""
     records: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
+            if number == len(lines):
+                break
+            raise RunError(f"{file}: line {number} is no JSON: {error}; remove that line") from None
     return records
 
 
 class Meter:
-    """Tokens and seconds since the last log line; time spent in validation, samples and saving does not count."""
+    """Tokens and seconds since the last log line, without the time of validation, samples and saving."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -82,7 +92,7 @@ class Meter:
         self.busy += time.perf_counter() - self._since
 
     def step_done(self, tokens: int, data_wait: float) -> None:
-        """Count one step of `tokens` tokens of the whole job, of which `data_wait` seconds went into waiting for data."""
+        """Count one step: tokens of the whole job, and seconds of it that were spent waiting for data."""
         self.tokens += tokens
         self.taken += 1
         self.data_wait += data_wait

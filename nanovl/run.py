@@ -1,6 +1,7 @@
 """The run folder: everything a run writes, and enough to make it again. It is the noun of every command.
 
-    config/  config.json  run.json  git.diff  metrics.jsonl  logs/  samples.jsonl  evals/  checkpoints/  tb/  report.md
+config/  config.json  run.json  git.diff  tokenizer/  checkpoints/
+logs/  metrics.jsonl  tb/  evals/  samples.jsonl  report.md  report.png
 """
 
 from __future__ import annotations
@@ -53,38 +54,48 @@ class Run:
 
     def require_fresh(self, resume: bool) -> None:
         """Raises RunError where a fresh run would overwrite one, or a resumed one has nothing to resume."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"job.run_dir: {self.folder} is a file; choose a folder with --job.run_dir=...")
         if resume and not self.is_used():
             raise RunError(f"--resume: {self.folder} holds no run; start it without --resume")
         if not resume and self.folder.exists() and any(self.folder.iterdir()):
+            state = "is in use; continue it with --resume," if self.is_used() else "holds files but no run;"
             raise RunError(
-                f"job.run_dir: {self.folder} is in use; continue it with --resume, "
-                "remove it, or choose another with --job.run_dir=..."
+                f"job.run_dir: {self.folder} {state} remove it, or choose another with --job.run_dir=..."
             )
 
     def write_job(self, job: Job, files: Sequence[str | Path]) -> None:
         """Keep the job: the files as given, and every field resolved."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self.folder / "config"
-        for file in files:
-            if Path(file).resolve() != self.config.resolve():
+        names = [Path(file).name for file in files]
+        for number, (file, name) in enumerate(zip(files, names, strict=True), 1):
+            copy = kept / (name if names.count(name) == 1 else f"{number}_{name}")
+            # a resumed run may be given the files of its own folder
+            if Path(file).resolve() not in (self.config.resolve(), copy.resolve()):
                 kept.mkdir(exist_ok=True)
-                shutil.copy(file, kept)
+                shutil.copy(file, copy)
         write_json(self.config, job_to_dict(job))
 
     def read_job(self) -> Job:
-        """The resolved job. Raises RunError where the folder is no run."""
+        """The resolved job. Raises RunError if this is no run, ConfigError for a job of another version."""
         if not self.is_used():
-            raise RunError(f"{self.folder} is no run folder: it has no config.json")
-        return job_from_dict(json.loads(self.config.read_text(encoding="utf-8")), str(self.config))
+            raise RunError(
+                f"{self.folder} is no run folder: it has no config.json; name one of a training run"
+            )
+        return job_from_dict(read_json(self.config), str(self.config))
 
     def begin(self, hardware: str, world_size: int, mesh: str) -> None:
-        """Add one session to run.json: command, commit, versions, hardware; and git.diff where the checkout is dirty."""
-        sha, diff = _git()
+        """Add a session to run.json: command, commit, versions, hardware; and a git.diff if there is one."""
+        before = self.sessions()
+        sha, dirty, diff = _git()
+        diff_name = f"git.{len(before) + 1}.diff" if before else "git.diff"
         session = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(sys.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "git_sha": sha,
-            "git_dirty": bool(diff),
+            "git_dirty": dirty,
+            "git_diff": diff_name if diff else "",
             "python": sys.version.split()[0],
             "versions": {name: found for name in _PACKAGES if (found := _version(name))},
             "hardware": hardware,
@@ -93,21 +104,23 @@ class Run:
             "exit_reason": "running",
         }
         if diff:
-            (self.folder / "git.diff").write_text(diff, encoding="utf-8")
-        write_json(self.folder / "run.json", {"sessions": [*self.sessions(), session]})
+            (self.folder / diff_name).write_bytes(diff)
+        write_json(self.folder / "run.json", {"sessions": [*before, session]})
+
+    def note(self, **facts: Any) -> None:
+        """Add to the latest session what was decided after it began, such as `param_dtype="bfloat16"`."""
+        sessions = self.sessions()
+        sessions[-1].update(facts)
+        write_json(self.folder / "run.json", {"sessions": sessions})
 
     def end(self, reason: str) -> None:
         """Say in run.json why the latest session ended."""
-        sessions = self.sessions()
-        sessions[-1].update(exit_reason=reason, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        write_json(self.folder / "run.json", {"sessions": sessions})
+        self.note(exit_reason=reason, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def sessions(self) -> list[dict[str, Any]]:
-        """One entry for each time the run was started or resumed, oldest first."""
+        """One entry for each time the run was started or resumed, oldest first. Raises RunError."""
         file = self.folder / "run.json"
-        if not file.exists():
-            return []
-        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+        found: list[dict[str, Any]] = read_json(file)["sessions"] if file.exists() else []
         return found
 
 
@@ -118,6 +131,21 @@ def write_json(file: Path, value: Any) -> None:
     os.replace(draft, file)
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`. Raises RunError where it cannot be read."""
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are both ValueErrors
+        raise RunError(f"{file}: cannot be read: {error}; restore it from a copy") from None
+    return data
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line as a shell takes it; what `python -m nanovl` puts in argv[0] is no program."""
+    program = Path(argv[0]).name
+    return shlex.join([*(["python", "-m", "nanovl"] if program == "__main__.py" else [program]), *argv[1:]])
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -125,14 +153,20 @@ def _version(package: str) -> str:
         return ""
 
 
-def _git() -> tuple[str, str]:
-    """Commit and uncommitted changes of the checkout nanovl runs from; empty strings outside of one."""
+def _git() -> tuple[str, bool, bytes]:
+    """Commit, whether the checkout nanovl runs from differs from it, and its diff (new files are not in it).
+
+    Nothing outside of a checkout with a commit.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return "", ""
+        return "", False, b""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, check=True).stdout
+
     try:
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        diff = subprocess.run(["git", "diff", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        sha = git("rev-parse", "HEAD").decode().strip()
+        return sha, bool(git("status", "--porcelain")), git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout without a commit
-        return "", ""
-    return sha.stdout.strip(), diff.stdout
+        return "", False, b""

@@ -34,11 +34,13 @@ from nanovl.device import (
 from nanovl.errors import NanovlError, TrainingError
 from nanovl.eval.bpb import bits_per_byte, compressor_bpb
 from nanovl.inference.engine import Engine
-from nanovl.log import Log
+from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
 from nanovl.profiling import Profiler
 from nanovl.registry import spec_to_dict
+from nanovl.report import write_report
+from nanovl.report.facts import parameter_counts
 from nanovl.run import Run, write_json
 from nanovl.spec import Batch
 from nanovl.step import train_step
@@ -75,6 +77,8 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
         elif world.rank == 0 and run.sessions():
             run.end(reason)
         dist.stop()
+    if world.rank == 0:
+        out(f"report            {write_report(run)}")
     if reason.startswith("stopped"):
         raise SystemExit(EXIT_STOPPED)
     return run
@@ -109,6 +113,7 @@ class Trainer:
         self.chunk_tokens = job.training.loss_chunk_tokens or loss_chunk_tokens(device, self.spec.config.vocab_size)
         if self.main:
             run.write_job(self.job, config_files)
+            run.note(param_dtype=str(self.modes.param_dtype).removeprefix("torch."), compiled=self.modes.compile)
         self._say_header()
         self.model = build_model(self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None)
         self.optimizers = build_optimizers(self.job, self.model, rules, self.modes, log)
@@ -128,8 +133,10 @@ class Trainer:
             self._resume(resumed_from)
         if self.main:
             truncate_after(run.metrics, self.step)
+            truncate_after(run.folder / "samples.jsonl", self.step)
         self.metrics = Metrics(run.folder if self.main else None, self.job.metrics.tensorboard)
         self.profiler = Profiler(self.job.profiling, run.folder / "traces", self.world.rank)
+        self.warned_of_cropping = False
         self.heldout: dict[int, tuple[list[Batch], bytes]] = {}
 
     def train(self) -> str:
@@ -232,6 +239,12 @@ class Trainer:
             seq_len = self.job.training.seq_len
             dense = 3 * self.model.forward_flops_per_token(lambda window: min(window or seq_len, seq_len))  # type: ignore[operator]
             record["perf/mfu_noncausal"] = dense * per_second
+        if record["data/cropped"] > 0.5 and not self.warned_of_cropping:
+            self.warned_of_cropping = True
+            self.log.warn(
+                f"data: {100 * record['data/cropped']:.0f}% of the tokens read are cropped away, documents are much "
+                'longer than rows of training.seq_len; data.packing = "concat" keeps them'
+            )
         self.metrics.write(record)
         self.log.say(step_line(record, self.job.training.steps, rates["eta"]))
 
@@ -367,12 +380,9 @@ class Trainer:
 
     def _say_header(self) -> None:
         job, training, spec = self.job, self.job.training, self.spec
-        with torch.device("meta"):
-            model = spec.family.model(spec.config)
-        total = sum(p.numel() for p in model.parameters())
-        tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        total, without_embeddings = parameter_counts(spec)
         batch = training.global_batch_size * training.seq_len
-        self.log.say(f"nanovl {__version__}  train  {spec.family.name}  {total:,} parameters ({total - tables:,} without embeddings)")
+        self.log.say(f"nanovl {__version__}  train  {spec.family.name}  {total:,} parameters ({without_embeddings:,} without embeddings)")
         self.log.say(f"  run       {self.run.folder}")
         kinds = ", ".join(f"{s.kind} {s.path}".strip() for s in job.data.sources)
         self.log.say(f"  data      {kinds}: {batch * training.steps:,} tokens = {training.steps:,} steps of {batch:,}")

@@ -332,7 +332,7 @@ def test_a_resumed_run_reports_only_its_own(tmp_path: Path, monkeypatch: pytest.
     run.note(param_dtype="bfloat16")
     log(run, *TRAIN[:2], val_record(20, math.inf, 0), val_record(20, 1.75, 100_000))
     evaluation(run, 40, 1.5, {"gzip -9": 2.0, "xz -9": 1.8})
-    for step, text in ((20, "first"), (40, "later"), (20, "again")):
+    for step, text in ((20, "first"), (20, "again"), (40, "later")):
         sample(run, step, "import ", text)
     page = write_report(run).read_text(encoding="utf-8")
     assert "again" in page
