@@ -45,7 +45,14 @@ MODES = {
 
 
 def sizes(width: int, layers: int, vocab: int) -> dict[str, Any]:
-    return {"hidden": width, "layers": layers, "ffn": 3 * width, "heads": width // 64, "kv_heads": width // 128, "vocab": vocab}
+    return {
+        "hidden": width,
+        "layers": layers,
+        "ffn": 3 * width,
+        "heads": width // 64,
+        "kv_heads": width // 128,
+        "vocab": vocab,
+    }
 
 
 def our_step(size: dict[str, Any], modes: Modes, rows: int, seq_len: int) -> Callable[[], None]:
@@ -130,16 +137,24 @@ def seconds(step: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def compare(a: Callable[[], None], b: Callable[[], None], pairs: int, repeats: int) -> tuple[float, float, list[float]]:
+def compare(
+    a: Callable[[], None], b: Callable[[], None], pairs: int, repeats: int
+) -> tuple[float, float, list[float]]:
     """Median seconds of a and of b, and b's over a's for every pair."""
     for step in (a, b):
         seconds(step, 2)  # compilation and first-touch
     taken = [(seconds(a, repeats), seconds(b, repeats)) for _ in range(pairs)]
-    return statistics.median(x for x, _ in taken), statistics.median(y for _, y in taken), [y / x for x, y in taken]
+    return (
+        statistics.median(x for x, _ in taken),
+        statistics.median(y for _, y in taken),
+        [y / x for x, y in taken],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=8192)
@@ -161,7 +176,14 @@ def main() -> None:
         ours, plain = (make(size, mode, args.rows, args.seq_len) for make in (our_step, plain_step))
         fast, slow, ratios = compare(ours, plain, args.pairs, args.repeats)
         found[name] = {"ours": tokens / fast, "plain": tokens / slow, "ratios": ratios}
-        rows.append([name + (" (default)" if mode == default else ""), tokens / fast, tokens / slow, statistics.median(ratios)])
+        rows.append(
+            [
+                name + (" (default)" if mode == default else ""),
+                tokens / fast,
+                tokens / slow,
+                statistics.median(ratios),
+            ]
+        )
         print(f"{name}: ratios {', '.join(f'{r:.2f}' for r in ratios)}", flush=True)
     if len(modes) > 1:
         best = max(found, key=lambda name: found[name]["plain"])
@@ -170,7 +192,10 @@ def main() -> None:
             (f"our default / plain's best ({best})", MODES[best], default),
         ):
             torch._dynamo.reset()
-            ours, plain = our_step(size, mode, args.rows, args.seq_len), plain_step(size, other, args.rows, args.seq_len)
+            ours, plain = (
+                our_step(size, mode, args.rows, args.seq_len),
+                plain_step(size, other, args.rows, args.seq_len),
+            )
             fast, slow, ratios = compare(ours, plain, args.pairs, args.repeats)
             found[label] = {"ours": tokens / fast, "plain": tokens / slow, "ratios": ratios}
             rows.append([label, tokens / fast, tokens / slow, statistics.median(ratios)])
@@ -181,18 +206,28 @@ def main() -> None:
 
 def write(folder: Path, args: argparse.Namespace, rows: list[list[Any]], found: dict[str, Any]) -> None:
     machine = hardware(CPU)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     slug = "".join(c if c.isalnum() else "-" for c in machine.lower()).strip("-")
     stem = folder / f"train_cpu_{slug}_{time.strftime('%Y-%m-%d')}"
     shape = {k: getattr(args, k) for k in ("width", "layers", "vocab", "seq_len", "rows", "pairs", "repeats")}
-    facts = {"hardware": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-    stem.with_suffix(".json").write_text(json.dumps({**facts, "commit": commit, **shape, "results": found}, indent=2) + "\n")
+    facts = {
+        "hardware": machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    stem.with_suffix(".json").write_text(
+        json.dumps({**facts, "commit": commit, **shape, "results": found}, indent=2) + "\n"
+    )
     lines = [
         "# Training on a CPU: ours against a plain transformers loop",
         "",
         f"`python benchmarks/train_cpu.py --width {args.width} --pairs {args.pairs}` at commit {commit}.",
         f"{machine}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}.",
-        f"Qwen3, width {args.width}, {args.layers} layers, vocabulary {args.vocab}, {args.rows} rows of {args.seq_len} tokens.",
+        f"Qwen3, width {args.width}, {args.layers} layers, vocabulary {args.vocab}; "
+        f"{args.rows} rows of {args.seq_len} tokens.",
         "Ratio = plain seconds / our seconds, median over pairs that alternate in one process.",
         "",
         "| mode | ours tok/s | plain tok/s | median ratio |",

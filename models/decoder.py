@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,15 @@ class DecoderConfig:
             if value <= 0:
                 wrong.append(f"{key} = {value}: wants a number above 0")
         if self.num_hidden_layers < max(1, len(self.prefix) + len(self.suffix)):
-            wrong.append(f"num_hidden_layers = {self.num_hidden_layers}: wants 1 or more, and room for prefix and suffix")
+            wrong.append(
+                f"num_hidden_layers = {self.num_hidden_layers}: wants 1 or more, and room for prefix and suffix"
+            )
         for key, names in (("pattern", self.pattern), ("prefix", self.prefix), ("suffix", self.suffix)):
-            wrong += [f"{key}: {n!r} is no block; choose from {', '.join(self.blocks)}" for n in names if n not in self.blocks]
+            wrong += [
+                f"{key}: {n!r} is no block; choose from {', '.join(self.blocks)}"
+                for n in names
+                if n not in self.blocks
+            ]
         if not self.pattern:
             wrong.append(f"pattern: empty; name at least one of {', '.join(self.blocks)}")
         for name, block in self.blocks.items():
@@ -113,7 +119,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm)
         self.lm_head = Head(config.hidden_size, config.vocab_size, softcap=config.final_logit_softcapping)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Parameter, self.embed_tokens.weight)
 
     def forward(
         self,
@@ -137,7 +143,9 @@ class Decoder(nn.Module):
         return list(self.layers.values())
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
-        if name.endswith("bias") or (self.config.zero_init_outputs and name.endswith(("o_proj.weight", "down_proj.weight"))):
+        if name.endswith("bias") or (
+            self.config.zero_init_outputs and name.endswith(("o_proj.weight", "down_proj.weight"))
+        ):
             full.zero_()
         elif "norm" in name:
             full.fill_(1.0)
@@ -161,7 +169,7 @@ def attention_meta(model: nn.Module, positions_BT: Tensor, doc_ids_BT: Tensor | 
 
 
 def matmul_flops_per_token(model: nn.Module) -> float:
-    """2 FLOPs for every weight that multiplies a token: all linears and the head (tied or not), no embedding look-up."""
+    """2 FLOPs for every weight that multiplies a token: linears and head (tied or not), no embedding look-up."""
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     heads = sum(m.vocab_size * m.weight.shape[1] for m in model.modules() if isinstance(m, Head))
     return 2.0 * (linears + heads)

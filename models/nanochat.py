@@ -136,8 +136,20 @@ class NanochatConfig:
 
     def validate(self) -> None:
         """Raises ConfigError with everything that does not fit together."""
-        positive = ("vocab_size", "vocab_multiple", "depth", "aspect_ratio", "head_dim", "max_position_embeddings", "mlp_ratio")
-        wrong = [f"{key} = {getattr(self, key)}: wants a number above 0" for key in positive if getattr(self, key) <= 0]
+        positive = (
+            "vocab_size",
+            "vocab_multiple",
+            "depth",
+            "aspect_ratio",
+            "head_dim",
+            "max_position_embeddings",
+            "mlp_ratio",
+        )
+        wrong = [
+            f"{key} = {getattr(self, key)}: wants a number above 0"
+            for key in positive
+            if getattr(self, key) <= 0
+        ]
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             wrong.append(f"window_pattern = {self.window_pattern!r}: wants letters S (short) and L (long)")
         if not wrong:
@@ -172,7 +184,9 @@ class NanochatAttention(Attention):
     def forward(self, x_BTD: Tensor, meta: AttentionMeta, tokens_BT: Tensor | None = None) -> Tensor:
         q_BTHD, k_BTKD, v_BTKD = self.qkv(x_BTD, meta)
         if self.value_embed is not None:
-            gate_BTK1 = self.gate_scale * self.value_gate(x_BTD[..., : self.gate_channels]).sigmoid()[..., None]
+            gate_BTK1 = (
+                self.gate_scale * self.value_gate(x_BTD[..., : self.gate_channels]).sigmoid()[..., None]
+            )
             v_BTKD = v_BTKD + gate_BTK1 * self.value_embed(tokens_BT).view(v_BTKD.shape)
         out_BTHD = self.core(q_BTHD * self.qk_scale, k_BTKD * self.qk_scale, v_BTKD, meta)
         return self.o_proj(out_BTHD.flatten(2))
@@ -185,7 +199,9 @@ class NanochatBlock(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, norm)
         self.mixer = NanochatAttention(config, layer, norm)
-        ffn = MlpConfig(intermediate_size=config.mlp_ratio * config.hidden_size, activation="relu2", gated=False)
+        ffn = MlpConfig(
+            intermediate_size=config.mlp_ratio * config.hidden_size, activation="relu2", gated=False
+        )
         self.ffn = Mlp(ffn, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor, meta: AttentionMeta) -> Tensor:
@@ -246,7 +262,7 @@ class Nanochat(nn.Module):
         return list(self.layers.values())
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
-        """Uniform matrices of standard deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
+        """Uniform matrices of deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
         bound = sqrt(3.0 / self.config.hidden_size)
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         if leaf in ("o_proj", "down_proj", "smear_lambda"):
@@ -254,7 +270,9 @@ class Nanochat(nn.Module):
         elif leaf in ("q_proj", "k_proj", "v_proj", "value_embed"):
             full.uniform_(-bound, bound, generator=generator)
         elif leaf == "up_proj":
-            full.uniform_(-bound * self.config.mlp_init_scale, bound * self.config.mlp_init_scale, generator=generator)
+            full.uniform_(
+                -bound * self.config.mlp_init_scale, bound * self.config.mlp_init_scale, generator=generator
+            )
         elif leaf in ("value_gate", "smear_gate"):
             full.uniform_(0.0, 0.02, generator=generator)
         elif leaf == "resid_lambdas":
@@ -280,16 +298,46 @@ def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
     """AdamW for tables and scalars, Muon for the matrices of blocks; learning rates of the depth-12 reference."""
     group = OptimizerGroup
     return [
-        group(match=r"lm_head\.weight", lr=0.008, beta1=0.8, beta2=0.96, weight_decay=0.01, scale_with_width=True),
-        group(match=r"embed_tokens\.weight", lr=0.3, beta1=0.8, beta2=0.995, weight_decay=0.001, scale_with_width=True),
-        group(match=r".*\.value_embed\.weight", lr=0.15, beta1=0.8, beta2=0.995, weight_decay=0.01, scale_with_width=True),
+        group(
+            match=r"lm_head\.weight",
+            lr=0.008,
+            beta1=0.8,
+            beta2=0.96,
+            weight_decay=0.01,
+            scale_with_width=True,
+        ),
+        group(
+            match=r"embed_tokens\.weight",
+            lr=0.3,
+            beta1=0.8,
+            beta2=0.995,
+            weight_decay=0.001,
+            scale_with_width=True,
+        ),
+        group(
+            match=r".*\.value_embed\.weight",
+            lr=0.15,
+            beta1=0.8,
+            beta2=0.995,
+            weight_decay=0.01,
+            scale_with_width=True,
+        ),
         group(match=r"resid_lambdas", lr=0.005, beta1=0.8, beta2=0.95, weight_decay=0.05),
         group(match=r"x0_lambdas", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
         group(
-            match=r"smear_.*|backout_lambda", lr=0.2, beta1=0.8, beta2=0.95, weight_decay=0.0, scale_with_batch=False
+            match=r"smear_.*|backout_lambda",
+            lr=0.2,
+            beta1=0.8,
+            beta2=0.95,
+            weight_decay=0.0,
+            scale_with_batch=False,
         ),
         group(
-            match=r"layers\..*\.weight", kind="muon", lr=0.02, weight_decay=0.28, weight_decay_schedule="cosine"
+            match=r"layers\..*\.weight",
+            kind="muon",
+            lr=0.02,
+            weight_decay=0.28,
+            weight_decay_schedule="cosine",
         ),
     ]
 
@@ -298,7 +346,10 @@ FAMILY = ModelFamily(
     name="nanochat",
     summary="nanochat, July 2026: smear, residual lambdas, value embeddings, sliding windows, backout; one dial, depth",
     config=NanochatConfig,
-    flavors={f"d{depth}": partial(NanochatConfig, depth=depth) for depth in (20, 4, 6, 8, 10, 12, 14, 16, 18, 24, 26, 32)},
+    flavors={
+        f"d{depth}": partial(NanochatConfig, depth=depth)
+        for depth in (20, 4, 6, 8, 10, 12, 14, 16, 18, 24, 26, 32)
+    },
     model=Nanochat,
     optimizer_groups=optimizer_groups,
 )

@@ -51,10 +51,10 @@ def nanochat_v1(depth: int, vocab: int = 65536, context: int = 2048) -> DecoderC
 
 def optimizer_groups(config: DecoderConfig) -> list[OptimizerGroup]:
     """Muon for the matrices of blocks, AdamW for head and embedding, nothing decays."""
-    adamw = {"beta1": 0.8, "beta2": 0.95, "weight_decay": 0.0, "scale_with_width": True}
+    adamw = partial(OptimizerGroup, beta1=0.8, beta2=0.95, weight_decay=0.0, scale_with_width=True)
     return [
-        OptimizerGroup(match=r"lm_head\.weight", lr=0.004, **adamw),
-        OptimizerGroup(match=r"embed_tokens\.weight", lr=0.2, **adamw),
+        adamw(match=r"lm_head\.weight", lr=0.004),
+        adamw(match=r"embed_tokens\.weight", lr=0.2),
         OptimizerGroup(match=r"layers\..*_proj\.weight", kind="muon", lr=0.02, weight_decay=0.0),
     ]
 

@@ -64,7 +64,9 @@ FLAVORS = {
     "8b": partial(qwen3, layers=36, hidden=4096, ffn=12288, heads=32),
     "14b": partial(qwen3, layers=40, hidden=5120, ffn=17408, heads=40),
     "32b": partial(qwen3, layers=64, hidden=5120, ffn=25600, heads=64),
-    "debug": partial(qwen3, layers=8, hidden=64, ffn=128, heads=8, kv_heads=4, head_dim=16, vocab=512, context=128),
+    "debug": partial(
+        qwen3, layers=8, hidden=64, ffn=128, heads=8, kv_heads=4, head_dim=16, vocab=512, context=128
+    ),
 }
 
 
@@ -85,7 +87,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
     }
     if any(refused.values()):
-        wrong = [f"{key} = {hf.get(key)!r} in config.json: this Qwen3 has no such part" for key, bad in refused.items() if bad]
+        wrong = [
+            f"{key} = {hf.get(key)!r} in config.json: this Qwen3 has no such part"
+            for key, bad in refused.items()
+            if bad
+        ]
         raise ConfigError(wrong)
     return qwen3(
         layers=hf["num_hidden_layers"],
@@ -124,7 +130,9 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     plain.initializer_range, plain.zero_init_outputs = config.initializer_range, config.zero_init_outputs
     if plain != config or mixer.qkv_bias:
         # transformers' attention_bias also puts one on o_proj, which Qwen3 here has not
-        raise ConfigError("model: changed beyond what Qwen3ForCausalLM computes; it cannot be written as a Qwen3 checkpoint")
+        raise ConfigError(
+            "model: changed beyond what Qwen3ForCausalLM computes; it cannot be written as a Qwen3 checkpoint"
+        )
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -151,7 +159,10 @@ def key_rules(config: DecoderConfig) -> list[KeyRule]:
     layer = {
         "input_layernorm.weight": "mixer_pre_norm.weight",
         "post_attention_layernorm.weight": "ffn_pre_norm.weight",
-        **{f"self_attn.{p}.weight": f"mixer.{p}.weight" for p in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+        **{
+            f"self_attn.{p}.weight": f"mixer.{p}.weight"
+            for p in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        },
         **{f"mlp.{p}.weight": f"ffn.{p}.weight" for p in ("gate_proj", "up_proj", "down_proj")},
     }
     head = [] if config.tie_word_embeddings else [KeyRule("lm_head.weight", "lm_head.weight")]

@@ -30,7 +30,7 @@ from nanovl.tokenizer.train import train_tokenizer
 
 
 def build_tokenizer(job: Job, run: Run, rank: int, log: Log) -> AnyTokenizer:
-    """The run's own tokenizer: copied from `tokenizer.path`, or trained on the training text by rank 0. All ranks call it."""
+    """The run's own tokenizer: a copy of `tokenizer.path`, or trained by rank 0. All ranks call it."""
     if rank == 0 and not run.tokenizer.exists():
         if job.tokenizer.path:
             tokenizer = load_tokenizer(Path(job.tokenizer.path))
@@ -86,7 +86,9 @@ def matrix_parameters(spec: ModelSpec) -> int:
     return sum(w.numel() for w in linears + heads)
 
 
-def build_model(job: Job, spec: ModelSpec, mesh: Mesh, modes: Modes, device: torch.device, log: Log, *, fresh: bool) -> nn.Module:
+def build_model(
+    job: Job, spec: ModelSpec, mesh: Mesh, modes: Modes, device: torch.device, log: Log, *, fresh: bool
+) -> nn.Module:
     """The parallel model; `fresh` = with initial weights, from the seed or from `checkpoint.initial_load_path`."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)

@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand. Exit codes: 0 done, 1 failed, 2 wrong command line or config, 75 stopped by a signal and saved."""
+    """Run one subcommand. Exit codes: 0 done, 1 failed, 2 wrong command line or config, 75 stopped and saved."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         out(usage())
@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     name = args[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        err(f"nanovl: no such command: {name}; " + (f"did you mean {near[0]!r}?" if near else "see nanovl --help"))
+        err(
+            f"nanovl: no such command: {name}; "
+            + (f"did you mean {near[0]!r}?" if near else "see nanovl --help")
+        )
         return 2
     # read by libgomp when torch loads it: idle threads must sleep, or two jobs on one machine starve each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

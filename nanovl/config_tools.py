@@ -29,7 +29,7 @@ class JobFlags:
 
 
 def parse_job_flags(argv: Sequence[str], command: str, extra: Mapping[str, str] | None = None) -> JobFlags:
-    """Split `--config FILE`, settings with a dot, and the command's `extra` options (name -> help; `--name=X` takes a value).
+    """Split `--config FILE`, settings, and the command's `extra` options (name -> help; `--name=X` takes a value).
 
     Prints help and exits 0 on --help. Raises ConfigError for anything else.
     """
@@ -67,7 +67,10 @@ def parse_job_flags(argv: Sequence[str], command: str, extra: Mapping[str, str] 
 
 def job_help(command: str, extra: Mapping[str, str]) -> str:
     """Usage and every setting with its default and meaning."""
-    lines = [f"usage: nanovl {command} --config FILE [--config FILE ...] [--section.key=value ...] {' '.join(extra)}", ""]
+    lines = [
+        f"usage: nanovl {command} --config FILE [--config FILE ...] [--section.key=value ...] {' '.join(extra)}",
+        "",
+    ]
     lines += [f"  {name}  {text}" for name, text in extra.items()]
     for section in dataclasses.fields(Job):
         kind = typing.get_type_hints(Job)[section.name]
@@ -83,17 +86,24 @@ def main(argv: list[str]) -> int:
     """`nanovl config check|show --config FILE [...] [--world-size=N]`, `nanovl config schema`."""
     verbs = ("check", "show", "schema")
     if not argv or argv[0] in ("-h", "--help"):
-        out("usage: nanovl config check|show --config FILE [--section.key=value ...] [--world-size=N]\n       nanovl config schema")
+        out(
+            "usage: nanovl config check|show --config FILE [--section.key=value ...] [--world-size=N]\n"
+            "       nanovl config schema"
+        )
         return 0
     if argv[0] not in verbs:
         near = difflib.get_close_matches(argv[0], verbs, 1)
-        raise ConfigError(f"{argv[0]}: no such verb; " + (f"did you mean {near[0]!r}?" if near else "check, show or schema"))
+        raise ConfigError(
+            f"{argv[0]}: no such verb; " + (f"did you mean {near[0]!r}?" if near else "check, show or schema")
+        )
     if argv[0] == "schema":
         out(json.dumps(json_schema(), indent=2))
         return 0
     from nanovl.registry import read_job, resolve_model, spec_to_dict
 
-    asked = parse_job_flags(argv[1:], f"config {argv[0]}", {"--world-size=N": "ranks to check the degrees and batch for"})
+    asked = parse_job_flags(
+        argv[1:], f"config {argv[0]}", {"--world-size=N": "ranks to check the degrees and batch for"}
+    )
     job = read_job(asked.files, asked.flags, world_size=_world_size(asked.switches.get("--world-size", "1")))
     if argv[0] == "show":
         shown: dict[str, Any] = job_to_dict(job)

@@ -16,7 +16,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", help="run folder, checkpoint or Hugging Face directory")
     parser.add_argument("--to", choices=("hf", "run"), required=True, help="what to write")
     parser.add_argument("--out", required=True, help="new folder to write it to")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of written weights")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of written weights",
+    )
     args = parser.parse_args(argv)
     folder = Path(args.out)
     if folder.exists() and any(folder.iterdir()):
@@ -47,7 +52,12 @@ def main(argv: list[str]) -> int:
         job.model.name, job.model.flavor, job.model.overrides = described["name"], "", described["config"]
         run.write_job(job, [])
         loaded.tokenizer.save(run.tokenizer)
-        meta = {"stage": "converted", "model": described, "tokenizer_hash": loaded.tokenizer.hash(), "parents": [str(loaded.path)]}
+        meta = {
+            "stage": "converted",
+            "model": described,
+            "tokenizer_hash": loaded.tokenizer.hash(),
+            "parents": [str(loaded.path)],
+        }
         save_weights(run.checkpoints, loaded.model, meta, [run.config, run.tokenizer])
     out(f"{loaded.path} -> {folder}")
     return 0

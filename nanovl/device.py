@@ -85,8 +85,12 @@ def decide_modes(
     """
     gpu = device.type == "cuda"
     wide = hidden_size >= CPU_BF16_MIN_WIDTH and cpu_multiplies_bf16()
-    param_dtype = (torch.bfloat16 if gpu or wide else torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    compiled = (gpu or steps >= COMPILE_SECONDS_WORTH_STEPS) if compile_mode == "auto" else compile_mode == "on"
+    param_dtype = (
+        (torch.bfloat16 if gpu or wide else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    )
+    compiled = (
+        (gpu or steps >= COMPILE_SECONDS_WORTH_STEPS) if compile_mode == "auto" else compile_mode == "on"
+    )
     return Modes(param_dtype, compiled)
 
 
@@ -103,7 +107,9 @@ def cpu_multiplies_bf16() -> bool:
 def set_determinism(deterministic: bool) -> None:
     """Only deterministic kernels from here on, in this process."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when its first handle is made
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -111,6 +117,9 @@ def set_determinism(deterministic: bool) -> None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.machine(),
+            )
     except OSError:
         return platform.processor() or platform.machine()

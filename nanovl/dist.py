@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, HashStore
 
 from nanovl.errors import NanovlError
 
@@ -32,7 +33,9 @@ class World:
 
 def world_from_env() -> World:
     """RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them; one process without."""
-    return World(*(int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))))
+    return World(
+        *(int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    )
 
 
 def start(device: torch.device, timeout_seconds: float = 600.0) -> World:
@@ -43,7 +46,7 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     return world
@@ -58,7 +61,9 @@ def stop() -> None:
 def all_reduce(values: torch.Tensor, op: str = "sum", group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """`values` reduced over the ranks by `sum`, `max` or `min`, in place; unchanged in a group of one."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group)
+        dist.all_reduce(
+            values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group
+        )
     return values
 
 
@@ -109,14 +114,24 @@ def fork_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_seconds: 
 
 
 def _rank_main(
-    fn: Callable[..., Any], rank: int, world: int, args: tuple[Any, ...], store: str, results: Any, timeout_seconds: float
+    fn: Callable[..., Any],
+    rank: int,
+    world: int,
+    args: tuple[Any, ...],
+    store: str,
+    results: Any,
+    timeout_seconds: float,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds)
+            "gloo",
+            store=FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_seconds),
         )
         # bytes, because tensors on a queue travel by a file descriptor that dies with this process
         results.put((rank, True, pickle.dumps(fn(rank, *args))))
@@ -150,7 +165,9 @@ def _collect(results: Any, children: list[Any], world: int, deadline: float) -> 
             values[rank] = pickle.loads(value)
         else:
             failures.append(f"rank {rank}:\n{value}")
-            deadline = min(deadline, time.monotonic() + 5)  # its peers fail soon after, by the lost connection
+            deadline = min(
+                deadline, time.monotonic() + 5
+            )  # its peers fail soon after, by the lost connection
     if failures:
         raise RankFailed(min(failures, key=lambda text: "by peer" in text or "timed out" in text))
     return [values[rank] for rank in range(world)]

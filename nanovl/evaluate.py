@@ -15,19 +15,30 @@ def main(argv: list[str]) -> int:
     """`nanovl evaluate PATH [--text FILE ...] [--max-bytes N]`."""
     parser = argparse.ArgumentParser(prog="nanovl evaluate", description=__doc__)
     parser.add_argument("path", help="run folder, checkpoint or Hugging Face directory")
-    parser.add_argument("--text", action="append", default=[], help="text file to measure on; default: the run's held-out text")
-    parser.add_argument("--max-bytes", type=int, default=1_000_000, help="whole documents until this many bytes; 0 = all")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="text file to measure on; default: the run's held-out text",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=1_000_000, help="whole documents until this many bytes; 0 = all"
+    )
     parser.add_argument("--seq-len", type=int, default=0, help="tokens a row; default: the job's, else 2048")
     parser.add_argument("--rows", type=int, default=8, help="rows at once")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
-    wrong = [f"--{k} = {v}: wants {w}" for k, v, ok, w in (
-        ("max-bytes", args.max_bytes, args.max_bytes >= 0, "0 or more"),
-        ("seq-len", args.seq_len, args.seq_len >= 0, "0 or more"),
-        ("rows", args.rows, args.rows > 0, "1 or more"),
-    ) if not ok]
+    wrong = [
+        f"--{k} = {v}: wants {w}"
+        for k, v, ok, w in (
+            ("max-bytes", args.max_bytes, args.max_bytes >= 0, "0 or more"),
+            ("seq-len", args.seq_len, args.seq_len >= 0, "0 or more"),
+            ("rows", args.rows, args.rows > 0, "1 or more"),
+        )
+        if not ok
+    ]
     if wrong:
         raise ConfigError(wrong)
 
@@ -48,7 +59,17 @@ def main(argv: list[str]) -> int:
     found = bits_per_byte(loaded.model, batches, token_bytes)
     baselines = compressor_bpb(text)
     if args.json:
-        out(json.dumps({"path": str(loaded.path), "bpb": found.bpb, "bytes": found.bytes, "tokens": found.tokens, **baselines}))
+        out(
+            json.dumps(
+                {
+                    "path": str(loaded.path),
+                    "bpb": found.bpb,
+                    "bytes": found.bytes,
+                    "tokens": found.tokens,
+                    **baselines,
+                }
+            )
+        )
     else:
         rows = [[str(loaded.path), found.bpb], *([name, bpb] for name, bpb in baselines.items())]
         out(table(["on the same text", "bits per byte"], rows))

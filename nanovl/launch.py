@@ -9,7 +9,9 @@ from nanovl.config_tools import parse_job_flags
 
 def main(argv: list[str]) -> int:
     """`nanovl train --config a.toml [--config b.toml] [--section.key=value] [--resume]`."""
-    asked = parse_job_flags(argv, "train", {"--resume": "continue the run in job.run_dir at its newest checkpoint"})
+    asked = parse_job_flags(
+        argv, "train", {"--resume": "continue the run in job.run_dir at its newest checkpoint"}
+    )
     from nanovl.registry import read_job
     from nanovl.trainer import train
 

@@ -59,13 +59,15 @@ class Mesh:
 def build_mesh(parallelism: Parallelism, world_size: int, device: torch.device) -> Mesh:
     """The mesh of a job whose degrees check.py has accepted; needs the process group."""
     try:
-        tools = importlib.import_module("torchtitan.tools.utils")
-        module = importlib.import_module("torchtitan.distributed.parallel_dims")
+        tools: Any = importlib.import_module("torchtitan.tools.utils")
+        module: Any = importlib.import_module("torchtitan.distributed.parallel_dims")
     except ImportError as error:
-        raise NanovlError(f"the device mesh needs torchtitan==0.2.2 and triton: {error}; pip install them") from error
+        raise NanovlError(
+            f"the device mesh needs torchtitan==0.2.2 and triton: {error}; pip install them"
+        ) from error
     tools.device_type = module.device_type = device.type  # 0.2.2 takes "cuda" for granted, also on a CPU host
 
-    class Dims(module.ParallelDims):  # type: ignore[misc, name-defined]
+    class Dims(module.ParallelDims):
         def _mesh_exist(self, name: str, degree: int) -> bool:
             # fully_shard is applied at degree 1 too; 0.2.2 would give that axis a fake backend that moves no data
             return name == "fsdp" or super()._mesh_exist(name, degree)

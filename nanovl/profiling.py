@@ -24,7 +24,9 @@ class Profiler:
             profile.export_chrome_trace(str(folder / f"rank_{rank}_step_{profile.step_num}.json"))
 
         self.profile = profiler.profile(
-            schedule=profiler.schedule(wait=wait, warmup=config.profiler_warmup, active=config.profiler_active),
+            schedule=profiler.schedule(
+                wait=wait, warmup=config.profiler_warmup, active=config.profiler_active
+            ),
             on_trace_ready=write,
             record_shapes=True,
         )

@@ -59,7 +59,9 @@ def resolve_model(model: Model, vocab_size: int) -> ModelSpec:
     data = _overlay(asdict(found.flavors[flavor]()), {"vocab_size": vocab_size, **model.overrides})
     config = _config(found, data)
     if config.vocab_size < vocab_size:
-        raise ConfigError(f"model.vocab_size = {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out")
+        raise ConfigError(
+            f"model.vocab_size = {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
+        )
     return ModelSpec(found, config, flavor)
 
 
@@ -86,5 +88,8 @@ def _config(found: ModelFamily, data: dict[str, Any]) -> Any:
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _overlay(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    both = {
+        k: _overlay(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+        for k, v in over.items()
+    }
     return {**base, **both}

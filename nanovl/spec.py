@@ -118,5 +118,5 @@ class Model(Protocol):
         ...
 
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
-        """Multiply-add FLOPs (2 each) of forward for one token; `mean_keys(window)` = keys a query attends to on average."""
+        """Forward FLOPs of one token (2 a multiply-add); `mean_keys(window)` = keys a query sees on average."""
         ...

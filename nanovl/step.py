@@ -45,7 +45,9 @@ def train_step(
     the gradients do not depend on how the rows are split.
     """
     device = next(model.parameters()).device
-    weight = sum((_loss_weights(b).sum(dtype=torch.float64) for b in batches), torch.zeros((), dtype=torch.float64))
+    weight = sum(
+        (_loss_weights(b).sum(dtype=torch.float64) for b in batches), torch.zeros((), dtype=torch.float64)
+    )
     # no target anywhere leaves a loss of 0 instead of 0/0
     denominator = all_reduce(weight.to(device), group=loss_group).clamp(min=1.0).float()
     total = torch.zeros((), device=device)
@@ -67,7 +69,9 @@ def run_model(model: nn.Module, batch: Batch, objective: Any, cross_document_att
     return model(batch["tokens_BT"], batch["positions_BT"], doc_ids_BT, objective=objective)
 
 
-def cross_entropy(head: Head, x_BTD: Tensor, *, batch: Batch, denominator: Tensor, chunk_tokens: int) -> Tensor:
+def cross_entropy(
+    head: Head, x_BTD: Tensor, *, batch: Batch, denominator: Tensor, chunk_tokens: int
+) -> Tensor:
     """Sum of weight x nats of this micro-batch over the weights of the whole step."""
     weights_BT = batch["weights_BT"] / denominator
     return head.cross_entropy(x_BTD, batch["targets_BT"], weights_BT, chunk_tokens)[0]

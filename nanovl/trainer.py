@@ -9,7 +9,6 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -87,7 +86,9 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
 class Trainer:
     """One run in this process: built once, then `train()`."""
 
-    def __init__(self, job: Job, run: Run, device: torch.device, resume: bool, config_files: Sequence[str | Path]) -> None:
+    def __init__(
+        self, job: Job, run: Run, device: torch.device, resume: bool, config_files: Sequence[str | Path]
+    ) -> None:
         self.run, self.device = run, device
         self.world = dist.world_from_env()
         self.main = self.world.rank == 0
@@ -110,12 +111,18 @@ class Trainer:
             job.training.mixed_precision_param,
             job.compile.enable,
         )
-        self.chunk_tokens = job.training.loss_chunk_tokens or loss_chunk_tokens(device, self.spec.config.vocab_size)
+        self.chunk_tokens = job.training.loss_chunk_tokens or loss_chunk_tokens(
+            device, self.spec.config.vocab_size
+        )
         if self.main:
             run.write_job(self.job, config_files)
-            run.note(param_dtype=str(self.modes.param_dtype).removeprefix("torch."), compiled=self.modes.compile)
+            run.note(
+                param_dtype=str(self.modes.param_dtype).removeprefix("torch."), compiled=self.modes.compile
+            )
         self._say_header()
-        self.model = build_model(self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None)
+        self.model = build_model(
+            self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None
+        )
         self.optimizers = build_optimizers(self.job, self.model, rules, self.modes, log)
         self.loader = Loader(self.job, self.tokenizer, rank=self.mesh.data_rank, degree=self.mesh.data_degree)
         settings = self.job.checkpoint
@@ -148,7 +155,9 @@ class Trainer:
             gc.disable()  # a collection on one rank makes all others wait, so all collect at the same step
         try:
             if self.step >= steps:
-                self.log.say(f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on")
+                self.log.say(
+                    f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on"
+                )
             while self.step < steps:
                 stop = self._one_step(meter)
                 last = self.step == steps
@@ -156,7 +165,9 @@ class Trainer:
                     self._outside(meter, self._save)
                 if stop and not last:
                     self.checkpointer.wait()
-                    name = signal.Signals(self.stop_signal).name if self.stop_signal else "another rank's signal"
+                    name = (
+                        signal.Signals(self.stop_signal).name if self.stop_signal else "another rank's signal"
+                    )
                     self.log.say(f"stopped by {name} after step {self.step}, saved; go on with --resume")
                     return f"stopped by {name}"
                 if job.validation.freq and self.step % job.validation.freq == 0 and not last:
@@ -281,7 +292,11 @@ class Trainer:
             loss_group=self.mesh.loss_group,
             chunk_tokens=self.chunk_tokens,
         )
-        found = {"val/bpb": result.bpb, "val/bytes": result.bytes, "val/tokens": result.tokens}
+        found: dict[str, Any] = {
+            "val/bpb": result.bpb,
+            "val/bytes": result.bytes,
+            "val/tokens": result.tokens,
+        }
         self.metrics.write({"step": self.step, "tokens": self.tokens, "seconds": self.seconds, **found})
         self.log.say(
             f"eval {self.step:>5}        bpb {result.bpb:.4f}  ({result.bytes:,} bytes of held-out text, "
@@ -311,7 +326,10 @@ class Trainer:
             self.log.say(f"sample {self.step:>5}      {json.dumps(prompt)} -> {json.dumps(completion.text)}")
             if self.main:
                 with (self.run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": self.step, "prompt": prompt, "completion": completion.text}) + "\n")
+                    file.write(
+                        json.dumps({"step": self.step, "prompt": prompt, "completion": completion.text})
+                        + "\n"
+                    )
 
     def _save(self) -> None:
         if not self.job.checkpoint.enable:
@@ -335,7 +353,9 @@ class Trainer:
         }
         path = self.checkpointer.save(self.step, meta, rank_state, [self.run.config, self.run.tokenizer])
         background = " (goes on in background)" if self.checkpointer.group is not None else ""
-        self.log.say(f"save {self.step:>5}        {path}  {duration(time.perf_counter() - began)}{background}")
+        self.log.say(
+            f"save {self.step:>5}        {path}  {duration(time.perf_counter() - began)}{background}"
+        )
 
     def _finish(self) -> None:
         """The last evaluation and samples, beside the checkpoint that is already safe."""
@@ -346,7 +366,9 @@ class Trainer:
             for name, bpb in found["compressors"].items():
                 self.log.say(f"                  {name} on the same text: {bpb:.4f} bits per byte")
         self._sample()
-        self.log.say(f"done in {duration(self.seconds)} of training: {self.tokens:,} tokens, {self.flops:.3g} FLOPs")
+        self.log.say(
+            f"done in {duration(self.seconds)} of training: {self.tokens:,} tokens, {self.flops:.3g} FLOPs"
+        )
 
     def _resume(self, checkpoint: Path) -> None:
         restored = self.checkpointer.load(checkpoint)
@@ -364,7 +386,9 @@ class Trainer:
         found = committed(self.run.checkpoints)[-1:] if resume and self.main else []
         path: Path | None = dist.broadcast_object(found[0] if found else None)
         if resume and path is None:
-            self.log.warn(f"  resume    {self.run.checkpoints} holds no complete checkpoint: starting at step 0")
+            self.log.warn(
+                f"  resume    {self.run.checkpoints} holds no complete checkpoint: starting at step 0"
+            )
         return path
 
     def _outside(self, meter: Meter, work: Any) -> None:
@@ -382,9 +406,15 @@ class Trainer:
         job, training, spec = self.job, self.job.training, self.spec
         total, without_embeddings = parameter_counts(spec)
         batch = training.global_batch_size * training.seq_len
-        self.log.say(f"nanovl {__version__}  train  {spec.family.name}  {total:,} parameters ({without_embeddings:,} without embeddings)")
+        self.log.say(
+            f"nanovl {__version__}  train  {spec.family.name}  "
+            f"{total:,} parameters ({without_embeddings:,} without embeddings)"
+        )
         self.log.say(f"  run       {self.run.folder}")
         kinds = ", ".join(f"{s.kind} {s.path}".strip() for s in job.data.sources)
-        self.log.say(f"  data      {kinds}: {batch * training.steps:,} tokens = {training.steps:,} steps of {batch:,}")
-        self.log.say(f"  mesh      {self.mesh} on {hardware(self.device)}, {torch.get_num_threads()} threads a rank")
-
+        self.log.say(
+            f"  data      {kinds}: {batch * training.steps:,} tokens = {training.steps:,} steps of {batch:,}"
+        )
+        self.log.say(
+            f"  mesh      {self.mesh} on {hardware(self.device)}, {torch.get_num_threads()} threads a rank"
+        )

@@ -9,7 +9,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def apply_fsdp(
-    model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: bool
+    model: nn.Module,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
 ) -> int:
     """Shard `model` over `mesh` ([fsdp] or [dp_replicate, fsdp]); returns the number of units.
 
@@ -17,7 +21,9 @@ def apply_fsdp(
     the loss is already divided by the weights of the whole step.
     """
     # casting is ours: rotation tables and loss weights stay float32
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)

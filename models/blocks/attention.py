@@ -51,7 +51,9 @@ class AttentionConfig:
         wrong = []
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if kv_heads <= 0 or heads % kv_heads:
-            wrong.append(f"num_key_value_heads = {kv_heads}: wants a divisor of num_attention_heads = {heads}")
+            wrong.append(
+                f"num_key_value_heads = {kv_heads}: wants a divisor of num_attention_heads = {heads}"
+            )
         if self.head_dim <= 0 or self.head_dim % 2:
             wrong.append(f"head_dim = {self.head_dim}: wants an even number above 0")
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -71,7 +73,10 @@ class AttentionMeta:
 
     @staticmethod
     def build(
-        positions_BT: Tensor, doc_ids_BT: Tensor | None, windows: Iterable[int | None], ropes: Iterable[RopeKey]
+        positions_BT: Tensor,
+        doc_ids_BT: Tensor | None,
+        windows: Iterable[int | None],
+        ropes: Iterable[RopeKey],
     ) -> AttentionMeta:
         """Masks for `windows` and tables for `ropes`; without `doc_ids_BT` a row is one document."""
         return AttentionMeta(
@@ -81,8 +86,10 @@ class AttentionMeta:
         )
 
 
-def visible(num_tokens: int, window: int | None, doc_ids_BT: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys each query may see: earlier or itself, inside the window, in the same document. None = causal alone."""
+def visible(
+    num_tokens: int, window: int | None, doc_ids_BT: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may see: itself and earlier ones, in window and document. None = causal alone."""
     windowed = window is not None and window < num_tokens
     if doc_ids_BT is None and not windowed:
         return None
@@ -111,7 +118,9 @@ class AttentionCore(nn.Module):
         return attend(q_BTHD, k_BTKD, v_BTKD, mask, is_causal=mask is None)
 
 
-def attend(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+def attend(
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, *, is_causal: bool = False
+) -> Tensor:
     """torch's scaled dot-product attention in our layout: [B, T, H, D] in and out, query heads grouped over K."""
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),

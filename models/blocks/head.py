@@ -14,7 +14,9 @@ from torch import Tensor, nn
 class Head(nn.Module):
     """Hidden states -> float32 logits, softly capped: cap * tanh(logits / cap)."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, padded_vocab_size: int = 0, softcap: float | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, padded_vocab_size: int = 0, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.softcap = softcap
@@ -53,7 +55,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, softcap: float | None, chunk: int
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        softcap: float | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = any(ctx.needs_input_grad[:2])
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
@@ -63,7 +71,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
             x_CD = x_ND[part]
-            nll_N[part], dlogits_CV = chunk_loss(x_CD @ weight_VD.T, targets_N[part], weights_N[part], softcap, wants_grad)
+            nll_N[part], dlogits_CV = chunk_loss(
+                x_CD @ weight_VD.T, targets_N[part], weights_N[part], softcap, wants_grad
+            )
             if dx_ND is not None and dweight_VD is not None and dlogits_CV is not None:
                 dx_ND[part] = dlogits_CV @ weight_VD
                 dweight_VD += dlogits_CV.T @ x_CD
@@ -84,7 +94,7 @@ def chunk_loss(
     """-log p(target) [C] float32 (0 where ignored), and the weighted gradient of the raw logits in their own dtype."""
     z_CV = raw_CV.float()
     tanh_CV = None if softcap is None else torch.tanh(z_CV / softcap)
-    u_CV = z_CV if tanh_CV is None else softcap * tanh_CV
+    u_CV = z_CV if softcap is None or tanh_CV is None else softcap * tanh_CV
     valid_C = targets_C >= 0
     index_C1 = targets_C.clamp(min=0)[:, None]
     logp_CV = F.log_softmax(u_CV, dim=-1)
@@ -92,7 +102,9 @@ def chunk_loss(
     if not wants_grad:
         return nll_C, None
     w_C1 = (weights_C * valid_C)[:, None]
-    d_CV = logp_CV.exp_().mul_(w_C1).scatter_add_(1, index_C1, -w_C1)  # in place: these passes are bound by memory
+    d_CV = (
+        logp_CV.exp_().mul_(w_C1).scatter_add_(1, index_C1, -w_C1)
+    )  # in place: these passes are bound by memory
     if tanh_CV is not None:
         d_CV *= 1.0 - tanh_CV.square_()
     return nll_C, d_CV.to(raw_CV.dtype)

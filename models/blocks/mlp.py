@@ -36,7 +36,9 @@ class Mlp(nn.Module):
     def __init__(self, config: MlpConfig, hidden_size: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False) if config.gated else None
+        self.gate_proj = (
+            nn.Linear(hidden_size, config.intermediate_size, bias=False) if config.gated else None
+        )
         self.up_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, hidden_size, bias=False)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import torch
 from torch import Tensor, nn
 
@@ -59,19 +58,30 @@ def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
             wrong.append(f"unknown {theirs}")
         else:
             found[theirs] = (rule, ours)
-    wrong += [f"missing {names.to_theirs(name)}" for name in parameters.keys() - {ours for _, ours in found.values()}]
+    wrong += [
+        f"missing {names.to_theirs(name)}"
+        for name in parameters.keys() - {ours for _, ours in found.values()}
+    ]
     for file in sorted({places[theirs] for theirs in found}):
         with safe_open(file, framework="pt") as tensors:
             for theirs, (rule, ours) in found.items():
                 if places[theirs] != file:
                     continue
-                value = tensors.get_tensor(theirs) if rule.to_ours is None else rule.to_ours(tensors.get_tensor(theirs))
+                value = (
+                    tensors.get_tensor(theirs)
+                    if rule.to_ours is None
+                    else rule.to_ours(tensors.get_tensor(theirs))
+                )
                 if value.shape != parameters[ours].shape:
-                    wrong.append(f"{theirs} is {tuple(value.shape)}, the model wants {tuple(parameters[ours].shape)}")
+                    wrong.append(
+                        f"{theirs} is {tuple(value.shape)}, the model wants {tuple(parameters[ours].shape)}"
+                    )
                 elif not wrong:
                     copy_full(parameters[ours], value)
     if wrong:
-        raise CheckpointError(f"{folder} does not fit {spec.family.name}:" + "".join(f"\n  {line}" for line in sorted(wrong)))
+        raise CheckpointError(
+            f"{folder} does not fit {spec.family.name}:" + "".join(f"\n  {line}" for line in sorted(wrong))
+        )
 
 
 def save_hf(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -79,7 +89,9 @@ def save_hf(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, dty
     from safetensors.torch import save_file
 
     if spec.family.hf is None:
-        raise CheckpointError(f"{spec.family.name}: transformers has no such architecture, so there is no format to write")
+        raise CheckpointError(
+            f"{spec.family.name}: transformers has no such architecture, so there is no format to write"
+        )
     config = {**spec.family.hf.config_to_hf(spec.config), "dtype": str(dtype).removeprefix("torch.")}
     names = KeyMap(spec.family.hf.key_rules(spec.config))
     tensors = {}
@@ -101,7 +113,9 @@ def tensor_places(folder: Path) -> dict[str, Path]:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         absent = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
         if absent:
-            raise CheckpointError(f"{folder}: model.safetensors.index.json names files that are not there: {', '.join(absent)}")
+            raise CheckpointError(
+                f"{folder}: model.safetensors.index.json names files that are not there: {', '.join(absent)}"
+            )
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
@@ -149,5 +163,3 @@ def _layer_in(pattern: str, name: str) -> str | None:
 def _hf(spec: HuggingFaceSpec | None) -> HuggingFaceSpec:
     assert spec is not None
     return spec
-
-

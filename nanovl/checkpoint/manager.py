@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,13 +36,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from nanovl.dist import barrier
 from nanovl.errors import CheckpointError
 from nanovl.log import Log
 
 _NAME = re.compile(r"step_(\d+)")
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # keyed by parameter name, so it moves between meshes
+_FLAT = StateDictOptions(
+    flatten_optimizer_state_dict=True
+)  # keyed by parameter name, so it moves between meshes
 
 
 def committed(folder: Path) -> list[Path]:
@@ -63,7 +68,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint}: not a complete checkpoint: meta.json: {error}; choose another step") from None
+        raise CheckpointError(
+            f"{checkpoint}: not a complete checkpoint: meta.json: {error}; choose another step"
+        ) from None
     return meta
 
 
@@ -80,9 +87,15 @@ class Checkpointer:
     """Saves and restores one run's model, optimizers and per-rank state in `folder`."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: int, background: bool, log: Log
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        keep: int,
+        background: bool,
+        log: Log,
     ) -> None:
-        """`keep` checkpoints stay (0 = all); `background` writes while training goes on. Removes what a kill left over."""
+        """`keep` checkpoints stay (0 = all); `background` writes while training goes on. Removes what a kill left."""
         self.folder, self.model, self.optimizers = folder, model, list(optimizers)
         self.keep, self.log = keep, log
         self.rank = dist.get_rank()
@@ -97,8 +110,10 @@ class Checkpointer:
                 shutil.rmtree(leftover)
         barrier()
 
-    def save(self, step: int, meta: Mapping[str, Any], rank_state: Mapping[str, Any], files: Sequence[Path]) -> Path:
-        """Write everything after `step` optimizer steps; `files` (config, tokenizer folder) are copied in. All ranks call it."""
+    def save(
+        self, step: int, meta: Mapping[str, Any], rank_state: Mapping[str, Any], files: Sequence[Path]
+    ) -> Path:
+        """Write everything after `step` optimizer steps, with copies of `files`. All ranks call it."""
         self.wait()
         final = self.folder / f"step_{step:06d}"
         if final.exists():
@@ -108,18 +123,22 @@ class Checkpointer:
             _copy_all(files, draft)
             _write(draft / "meta.draft.json", json.dumps({**meta, "step": step}, indent=2).encode())
         barrier()
-        _write(draft / "ranks" / f"rank_{self.rank:05d}.json.gz", gzip.compress(json.dumps(rank_state).encode(), 1))
+        _write(
+            draft / "ranks" / f"rank_{self.rank:05d}.json.gz",
+            gzip.compress(json.dumps(rank_state).encode(), 1),
+        )
         barrier()  # every rank's file is there before rank 0 can commit
         state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
         if self.group is None:
-            dcp.save(state, checkpoint_id=draft / "state")
+            save_state(state, checkpoint_id=draft / "state")
             self._commit(draft, final)
             barrier()
         else:
-            self.pending = dcp.async_save(state, checkpoint_id=draft / "state", process_group=self.group)  # type: ignore[assignment]
+            written: Any = async_save(state, checkpoint_id=draft / "state", process_group=self.group)
+            self.pending = written
             # rank 0's write ends with the metadata it gathers from all ranks, so when it is done everybody is
             self.settled.clear()
-            self.pending.add_done_callback(lambda written: self._settle(written, draft, final))
+            written.add_done_callback(lambda done: self._settle(done, draft, final))
         return final
 
     def wait(self) -> None:
@@ -128,11 +147,13 @@ class Checkpointer:
             self.settled.wait()  # a future's waiters wake before its callbacks have run
             self.pending = None
             if self.failure is not None:
-                raise CheckpointError(f"{self.folder}: writing a checkpoint failed: {self.failure!r}") from self.failure
+                raise CheckpointError(
+                    f"{self.folder}: writing a checkpoint failed: {self.failure!r}"
+                ) from self.failure
             barrier()
 
     def load(self, checkpoint: Path) -> Restored:
-        """Fill model and optimizers from `checkpoint`, written on any mesh. Raises CheckpointError listing every key at fault."""
+        """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
         meta = read_meta(checkpoint)
         state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
         _read_state(checkpoint, state, whole=True)
@@ -159,19 +180,19 @@ class Checkpointer:
 
 
 def save_weights(folder: Path, model: nn.Module, meta: Mapping[str, Any], files: Sequence[Path]) -> Path:
-    """Commit `model` alone as step 0 of `folder`, in one process; there is nothing in it to resume training from."""
+    """Commit `model` alone as step 0 of `folder`, in one process; training cannot resume from it."""
     final = folder / "step_000000"
     draft = final.with_suffix(".tmp")
     _copy_all(files, draft)
     (draft / "ranks").mkdir()
     _write(draft / "meta.draft.json", json.dumps({**meta, "step": 0}, indent=2).encode())
-    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=draft / "state", no_dist=True)
+    save_state({"model": get_model_state_dict(model)}, checkpoint_id=draft / "state", no_dist=True)
     _publish(draft, final)
     return final
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fill `model` alone from `checkpoint`, whatever mesh wrote it. Raises CheckpointError listing every key at fault."""
+    """Fill `model` alone from `checkpoint`, of any mesh. Raises CheckpointError listing every key at fault."""
     state = {"model": get_model_state_dict(model)}
     _read_state(checkpoint, state, whole=False)
     set_model_state_dict(model, state["model"])
@@ -190,11 +211,13 @@ def read_rank_states(checkpoint: Path) -> list[dict[str, Any]]:
 
 def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None:
     """dcp.load into `state`, after comparing names and shapes; `whole` = every stored key must be wanted."""
-    reader = dcp.FileSystemReader(checkpoint / "state")
+    reader = FileSystemReader(checkpoint / "state")
     try:
         metadata = reader.read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{checkpoint}/state: cannot be read: {error}; choose an earlier step") from error
+        raise CheckpointError(
+            f"{checkpoint}/state: cannot be read: {error}; choose an earlier step"
+        ) from error
     _check_shards(checkpoint / "state", metadata.storage_data)
     stored = metadata.state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
@@ -211,7 +234,7 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
         listed = "".join(f"\n  {line}" for line in wrong)
         raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
     try:
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        load_state(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:  # a BaseException: it carries what went wrong on every rank
         reasons = "; ".join(sorted({repr(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{checkpoint}/state: damaged: {reasons}; choose an earlier step") from error

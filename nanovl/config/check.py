@@ -92,7 +92,12 @@ def _degrees(job: Job, world_size: int) -> list[str]:
         f"parallelism.{name} = {value}: wants {wanted}"
         for name, value, ok, wanted in (
             ("data_parallel_replicate_degree", replicate, replicate >= 1, "1 or more"),
-            ("data_parallel_shard_degree", shard, shard == -1 or shard >= 1, "1 or more, or -1 for all that are left"),
+            (
+                "data_parallel_shard_degree",
+                shard,
+                shard == -1 or shard >= 1,
+                "1 or more, or -1 for all that are left",
+            ),
         )
         if not ok
     ]
@@ -145,20 +150,29 @@ def _sources(job: Job) -> list[str]:
     named: list[tuple[str, Source]] = [(f"data.sources.{i}", s) for i, s in enumerate(job.data.sources)]
     named += [(f"validation.sources.{i}", s) for i, s in enumerate(job.validation.sources)]
     if not job.data.sources:
-        mistakes.append('data.sources: empty; add [[data.sources]] with a kind and a path (kind = "stdlib" needs no path)')
+        mistakes.append(
+            'data.sources: empty; add [[data.sources]] with a kind and a path (kind = "stdlib" needs no path)'
+        )
     for key, source in named:
         if source.kind != "stdlib" and not source.path:
             mistakes.append(f'{key}.path: empty; name the file or folder of kind "{source.kind}"')
         if source.weight <= 0:
             mistakes.append(f"{key}.weight = {source.weight}: wants a number above 0")
     validates = job.validation.freq > 0
-    if validates and job.data.sources and not job.validation.sources and not any(s.holdout for s in job.data.sources):
+    if (
+        validates
+        and job.data.sources
+        and not job.validation.sources
+        and not any(s.holdout for s in job.data.sources)
+    ):
         mistakes.append(
             "validation.freq: there is no held-out text; set data.sources.N.holdout (such as 0.02), "
             "add [[validation.sources]], or set validation.freq = 0"
         )
     if not job.tokenizer.path and any(s.kind == "tokens" for s in job.data.sources):
-        mistakes.append("tokenizer.path: empty, but a source of kind \"tokens\" is bound to the tokenizer it was packed with; name it")
+        mistakes.append(
+            'tokenizer.path: empty, but a source of kind "tokens" is bound to the tokenizer it was packed with; name it'
+        )
     return mistakes
 
 
@@ -168,7 +182,9 @@ def _optimizer(job: Job) -> list[str]:
         try:
             re.compile(group.match)
         except re.error as error:
-            mistakes.append(f"optimizer.groups.{i}.match = {group.match!r}: not a regular expression: {error}")
+            mistakes.append(
+                f"optimizer.groups.{i}.match = {group.match!r}: not a regular expression: {error}"
+            )
         for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("beta1", 1.0), ("beta2", 1.0)):
             value = getattr(group, name)
             if value is not None and not 0 <= value <= most:

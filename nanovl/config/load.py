@@ -26,7 +26,13 @@ Check = Callable[[Job], list[str]]
 """A rule over a whole job: returns its mistakes, each `dotted.key = value: what is wanted`."""
 
 
-def load_job(files: Sequence[str | Path], flags: Sequence[str] = (), *, world_size: int = 1, checks: Sequence[Check] = ()) -> Job:
+def load_job(
+    files: Sequence[str | Path],
+    flags: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    checks: Sequence[Check] = (),
+) -> Job:
     """The job that `files` and `flags` describe. Raises ConfigError with all mistakes."""
     origins: dict[str, str] = {}
     data: dict[str, Any] = {}
@@ -59,7 +65,9 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     return data
 
 
-def check_types(kind: type[Any], data: dict[str, Any], origins: dict[str, str], prefix: str = "") -> tuple[Any, list[str]]:
+def check_types(
+    kind: type[Any], data: dict[str, Any], origins: dict[str, str], prefix: str = ""
+) -> tuple[Any, list[str]]:
     """`kind` built from `data`, or None and one line a mistake; `prefix` stands before every dotted key."""
     try:
         # as JSON, since strict Python mode refuses a dict where a dataclass is wanted
@@ -71,7 +79,9 @@ def check_types(kind: type[Any], data: dict[str, Any], origins: dict[str, str], 
             dotted = prefix + ".".join(map(str, loc))
             came_from = f" (from {origins[dotted]})" if dotted in origins else ""
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                lines.append(f"{dotted}: no such key{came_from}{_did_you_mean(str(loc[-1]), field_names(kind, loc[:-1]))}")
+                lines.append(
+                    f"{dotted}: no such key{came_from}{_did_you_mean(str(loc[-1]), field_names(kind, loc[:-1]))}"
+                )
             elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
                 lines.append(f"{dotted}: missing; give it a value")
             else:
@@ -122,7 +132,9 @@ def _dataclasses_below(kind: Any) -> list[Any]:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)  # a run's resolved config.json
+        return (
+            json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        )  # a run's resolved config.json
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -133,7 +145,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}") from None
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
+def _merge(
+    into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = ""
+) -> None:
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -231,7 +245,9 @@ def _fold_model(data: dict[str, Any]) -> dict[str, Any]:
 
 def _is_type_tag(part: str | int) -> bool:
     """pydantic names the member of a union that it tried; users did not write that."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool", "none"))
+    return isinstance(part, str) and (
+        part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool", "none")
+    )
 
 
 def _did_you_mean(given: str, known: list[str]) -> str:
@@ -256,8 +272,8 @@ def _wanted(item: Any) -> str:
         "none_required": "wants nothing",
     }
     if item["type"] == "literal_error":
-        near = difflib.get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), 1)
+        near = difflib.get_close_matches(
+            str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), 1
+        )
         return f"wants {item['ctx']['expected']}" + (f"; did you mean {near[0]!r}?" if near else "")
     return wanted.get(item["type"], item["msg"].removeprefix("Value error, "))
-
-

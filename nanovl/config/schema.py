@@ -44,7 +44,8 @@ class Tokenizer:
 @dataclass(kw_only=True)
 class Source:
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tokens"] = "text"
-    """`stdlib`: Python's own library; `text`: one document a file; `jsonl`(.gz): one a line; `parquet`: one a row; `tokens`: shards written by `nanovl data pack`."""
+    """`stdlib`: Python's own library; `text`: one document a file; `jsonl`(.gz): one a line; `parquet`: one a row;
+    `tokens`: shards written by `nanovl data pack`."""
     path: str = ""
     """File or folder; every file of the kind below it is read, in the order of its relative path."""
     column: str = "text"
@@ -60,9 +61,10 @@ class Data:
     sources: list[Source] = field(default_factory=list)
     """Where documents come from; mixed by weight."""
     packing: Literal["best_fit", "concat"] = "best_fit"
-    """`best_fit`: every row starts with a document and holds whole ones where they fit; `concat`: one stream, cut every row."""
+    """`best_fit`: every row starts with a document and holds whole ones where they fit; `concat`: one stream, cut
+    every row."""
     overflow: Literal["crop", "pad"] = "crop"
-    """What fills the end of a best-fit row: the beginning of another document (`crop`) or padding without loss (`pad`)."""
+    """What fills the end of a best-fit row: another document's beginning (`crop`) or padding without loss (`pad`)."""
     buffer_documents: int = 64
     """Documents each lane holds to choose from in best-fit packing."""
     cross_document_attention: bool = False
@@ -88,7 +90,7 @@ class Training:
     max_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 = only measure it."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of compute and of gathered weights; masters stay float32. `auto`: the fastest known for this device and width."""
+    """Dtype of compute and of gathered weights; masters stay float32. `auto`: the fastest known here."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over ranks."""
     loss_chunk_tokens: int = 0
@@ -110,7 +112,7 @@ class OptimizerGroup:
     beta2: float | None = None
     """AdamW's second moment, or NorMuon's; none = `optimizer.beta2` (muon: 0.9)."""
     weight_decay: float | None = None
-    """Decay per unit of learning rate; none = `optimizer.weight_decay`. Under nanochat scaling muon's follows the size."""
+    """Decay per unit of learning rate; none = `optimizer.weight_decay`. nanochat scaling fits muon's to the size."""
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the decay falls to 0 over the run."""
     scale_with_width: bool = False

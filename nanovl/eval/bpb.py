@@ -52,16 +52,25 @@ def bits_per_byte(
         bytes_BT = token_bytes_V[targets_BT.clamp(min=0)] * counted_BT
 
         def nll(head: Head, x_BTD: Tensor, targets_BT: Tensor = targets_BT) -> Tensor:
-            return head.cross_entropy(x_BTD, targets_BT, torch.ones_like(targets_BT, dtype=torch.float32), chunk_tokens)[1]
+            return head.cross_entropy(
+                x_BTD, targets_BT, torch.ones_like(targets_BT, dtype=torch.float32), chunk_tokens
+            )[1]
 
         nll_BT = model(
-            batch["tokens_BT"].to(device), batch["positions_BT"].to(device), batch["doc_ids_BT"].to(device), objective=nll
+            batch["tokens_BT"].to(device),
+            batch["positions_BT"].to(device),
+            batch["doc_ids_BT"].to(device),
+            objective=nll,
         )
         has_bytes_BT = bytes_BT > 0
-        sums += torch.stack(((nll_BT.double() * has_bytes_BT).sum(), bytes_BT.sum().double(), has_bytes_BT.sum().double()))
+        sums += torch.stack(
+            ((nll_BT.double() * has_bytes_BT).sum(), bytes_BT.sum().double(), has_bytes_BT.sum().double())
+        )
     model.train(was_training)
     nats, num_bytes, tokens = all_reduce(sums, group=loss_group).tolist()
-    return BitsPerByte(nats / (math.log(2) * num_bytes) if num_bytes else math.inf, nats, int(num_bytes), int(tokens))
+    return BitsPerByte(
+        nats / (math.log(2) * num_bytes) if num_bytes else math.inf, nats, int(num_bytes), int(tokens)
+    )
 
 
 def compressor_bpb(text: bytes) -> dict[str, float]:

@@ -31,7 +31,9 @@ class Loaded:
     """The checkpoint or directory the weights came from."""
 
 
-def load(path: str | Path, *, device: str | torch.device = "", dtype: str | torch.dtype = torch.float32) -> Loaded:
+def load(
+    path: str | Path, *, device: str | torch.device = "", dtype: str | torch.dtype = torch.float32
+) -> Loaded:
     """Load weights and tokenizer from a run folder (newest checkpoint), a checkpoint or a Hugging Face directory.
 
     `device` defaults to the GPU if there is one; `dtype` is that of the weights. Raises CheckpointError, ConfigError.

@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 
 
 def spec(**overrides: Any) -> ModelSpec:
-    return resolve_model(Model(name="qwen3", flavor="debug", overrides={"num_hidden_layers": 2, **overrides}), 512)
+    return resolve_model(
+        Model(name="qwen3", flavor="debug", overrides={"num_hidden_layers": 2, **overrides}), 512
+    )
 
 
 def build(copies: int = 1, **overrides: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -49,7 +51,9 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, l
     for step in range(first, last):
         tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(step))
         x, y = tokens[:, :-1], tokens[:, 1:]
-        loss = model(x, objective=lambda head, h, y=y: head.cross_entropy(h, y, torch.full(y.shape, share), 16)[0])
+        loss = model(
+            x, objective=lambda head, h, y=y: head.cross_entropy(h, y, torch.full(y.shape, share), 16)[0]
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

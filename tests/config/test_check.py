@@ -11,7 +11,9 @@ from nanovl.config.schema import Job, OptimizerGroup, Source
 def job(**sections: dict[str, object]) -> Job:
     base = Job()
     base.data.sources = [Source(kind="stdlib", holdout=0.1)]
-    return replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})  # type: ignore[arg-type]
+    return replace(
+        base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()}
+    )  # type: ignore[arg-type]
 
 
 def test_a_plain_job_has_no_mistakes() -> None:
@@ -31,7 +33,8 @@ def test_a_plain_job_has_no_mistakes() -> None:
         (
             {"training": {"global_batch_size": 3, "local_batch_size": 4}},
             1,
-            "training.global_batch_size = 3 is not a multiple of 1 ranks x 4 rows = 4; use 4, or set training.local_batch_size",
+            "training.global_batch_size = 3 is not a multiple of 1 ranks x 4 rows = 4; "
+            "use 4, or set training.local_batch_size",
         ),
         (
             {"parallelism": {"data_parallel_replicate_degree": 3}},
@@ -41,8 +44,8 @@ def test_a_plain_job_has_no_mistakes() -> None:
         (
             {"parallelism": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 3}},
             8,
-            "parallelism: data_parallel_replicate_degree 2 x data_parallel_shard_degree 3 = 6, but the job has 8 ranks; "
-            "launch that many, or set data_parallel_shard_degree = -1",
+            "parallelism: data_parallel_replicate_degree 2 x data_parallel_shard_degree 3 = 6, "
+            "but the job has 8 ranks; launch that many, or set data_parallel_shard_degree = -1",
         ),
         (
             {"parallelism": {"data_parallel_shard_degree": 0}},
@@ -51,15 +54,39 @@ def test_a_plain_job_has_no_mistakes() -> None:
         ),
         ({"tokenizer": {"vocab_size": 100}}, 1, "wants at least 265 (256 bytes and 9 special tokens)"),
         ({"data": {"sources": []}}, 1, "data.sources: empty; add [[data.sources]]"),
-        ({"data": {"sources": [Source(kind="text")]}}, 1, 'data.sources.0.path: empty; name the file or folder of kind "text"'),
-        ({"data": {"sources": [Source(kind="stdlib", weight=0.0)]}}, 1, "data.sources.0.weight = 0.0: wants a number above 0"),
+        (
+            {"data": {"sources": [Source(kind="text")]}},
+            1,
+            'data.sources.0.path: empty; name the file or folder of kind "text"',
+        ),
+        (
+            {"data": {"sources": [Source(kind="stdlib", weight=0.0)]}},
+            1,
+            "data.sources.0.weight = 0.0: wants a number above 0",
+        ),
         ({"data": {"sources": [Source(kind="stdlib")]}}, 1, "validation.freq: there is no held-out text"),
-        ({"data": {"sources": [Source(kind="tokens", path="x", holdout=0.1)]}}, 1, "tokenizer.path: empty, but a source"),
-        ({"lr_schedule": {"decay_ratio": 1.5}}, 1, "lr_schedule.decay_ratio = 1.5: wants a number from 0 to 1"),
+        (
+            {"data": {"sources": [Source(kind="tokens", path="x", holdout=0.1)]}},
+            1,
+            "tokenizer.path: empty, but a source",
+        ),
+        (
+            {"lr_schedule": {"decay_ratio": 1.5}},
+            1,
+            "lr_schedule.decay_ratio = 1.5: wants a number from 0 to 1",
+        ),
         ({"training": {"seq_len": 0}}, 1, "training.seq_len = 0: wants a number above 0"),
         ({"optimizer": {"lr": -1.0}}, 1, "optimizer.lr = -1.0: wants 0 or more"),
-        ({"optimizer": {"groups": [OptimizerGroup(match="(")]}}, 1, "optimizer.groups.0.match = '(': not a regular expression"),
-        ({"optimizer": {"groups": [OptimizerGroup(match="x", lr=-1)]}}, 1, "optimizer.groups.0.lr = -1: wants 0 or more"),
+        (
+            {"optimizer": {"groups": [OptimizerGroup(match="(")]}},
+            1,
+            "optimizer.groups.0.match = '(': not a regular expression",
+        ),
+        (
+            {"optimizer": {"groups": [OptimizerGroup(match="x", lr=-1)]}},
+            1,
+            "optimizer.groups.0.lr = -1: wants 0 or more",
+        ),
         (
             {"optimizer": {"groups": [OptimizerGroup(match="x", beta2=2.0)]}},
             1,
@@ -67,7 +94,9 @@ def test_a_plain_job_has_no_mistakes() -> None:
         ),
     ],
 )
-def test_each_rule_names_key_value_and_remedy(sections: dict[str, dict[str, object]], world: int, expected: str) -> None:
+def test_each_rule_names_key_value_and_remedy(
+    sections: dict[str, dict[str, object]], world: int, expected: str
+) -> None:
     found = check_job(job(**sections), world)
     assert any(expected in line for line in found), found
 

@@ -63,35 +63,55 @@ def test_types_are_strict_in_files_and_read_from_text_in_flags(tmp_path: Path, g
     found = mistakes([good, quoted])
     assert "training.steps = '10' (from quoted.toml): wants a whole number" in found
     assert "job.description = 3 (from quoted.toml): wants text" in found
-    job = load_job([good], ["--training.steps=10", "--job.description=3", "--data.shuffle=False", "--optimizer.lr=1e-3"])
-    assert (job.training.steps, job.job.description, job.data.shuffle, job.optimizer.lr) == (10, "3", False, 1e-3)
+    job = load_job(
+        [good], ["--training.steps=10", "--job.description=3", "--data.shuffle=False", "--optimizer.lr=1e-3"]
+    )
+    assert (job.training.steps, job.job.description, job.data.shuffle, job.optimizer.lr) == (
+        10,
+        "3",
+        False,
+        1e-3,
+    )
 
 
 def test_lists_of_tables_are_indexed_by_number_and_grow_at_their_end(good: Path) -> None:
     flags = ["--data.sources.0.weight=3", "--data.sources.1.kind=text", "--data.sources.1.path=docs"]
     job = load_job([good], flags)
     assert [(s.kind, s.weight) for s in job.data.sources] == [("stdlib", 3.0), ("text", 1.0)]
-    assert mistakes([good], ["--data.sources.5.kind=text"]) == ["--data.sources.5.kind: '5' is no index of a list of 1"]
+    assert mistakes([good], ["--data.sources.5.kind=text"]) == [
+        "--data.sources.5.kind: '5' is no index of a list of 1"
+    ]
     assert mistakes([good], ["--training.steps.x=1"])[0].startswith("training.steps = {'x': 1}")
 
 
 def test_flags_accept_hyphens_negative_numbers_lists_and_equals_signs(good: Path) -> None:
-    flags = ["--training.seq-len=16", "--parallelism.data_parallel_shard_degree", "-1", '--sampling.prompts=["a=b"]']
+    flags = [
+        "--training.seq-len=16",
+        "--parallelism.data_parallel_shard_degree",
+        "-1",
+        '--sampling.prompts=["a=b"]',
+    ]
     job = load_job([good], flags)
     assert job.training.seq_len == 16
     assert job.parallelism.data_parallel_shard_degree == -1
     assert job.sampling.prompts == ["a=b"]
-    assert mistakes([good], ["--training.steps"]) == ["--training.steps: needs a value, as in --training.steps=..."]
+    assert mistakes([good], ["--training.steps"]) == [
+        "--training.steps: needs a value, as in --training.steps=..."
+    ]
 
 
 def test_keys_of_the_model_section_go_to_its_family(good: Path) -> None:
-    job = load_job([good], ["--model.name=qwen3", "--model.flavor=0.6b", "--model.blocks.full.mixer.head_dim=64"])
+    job = load_job(
+        [good], ["--model.name=qwen3", "--model.flavor=0.6b", "--model.blocks.full.mixer.head_dim=64"]
+    )
     assert job.model.flavor == "0.6b"
     assert job.model.overrides == {"blocks": {"full": {"mixer": {"head_dim": 64}}}}
 
 
 def test_a_resolved_job_reads_back_equal(good: Path) -> None:
-    job = load_job([good], ["--model.depth=3", "--optimizer.groups.0.match=.*", "--optimizer.groups.0.lr=0.1"])
+    job = load_job(
+        [good], ["--model.depth=3", "--optimizer.groups.0.match=.*", "--optimizer.groups.0.lr=0.1"]
+    )
     assert job_from_dict(job_to_dict(job)) == job
     with pytest.raises(ConfigError, match=r"training\.stps: no such key; did you mean 'steps'"):
         job_from_dict({"training": {"stps": 1}})

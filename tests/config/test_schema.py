@@ -31,18 +31,30 @@ def test_every_field_has_a_docstring_right_below_it() -> None:
             continue
         body = [n for n in node.body if not (isinstance(n, ast.Expr) and n is node.body[0])]
         for field, after in zip(body, [*body[1:], None], strict=True):
-            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.value or field).startswith("field(default_factory=Muon"):
-                assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)} has no docstring"
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.value or field).startswith(
+                "field(default_factory=Muon"
+            ):
+                assert isinstance(after, ast.Expr), (
+                    f"{node.name}.{ast.unparse(field.target)} has no docstring"
+                )
 
 
 def test_every_field_has_a_reader() -> None:
-    rooms = [p for p in [*ROOT.glob("nanovl/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("parallelisms/**/*.py")]]
-    code = "\n".join(p.read_text() for p in rooms if "config/schema.py" not in str(p) and "config/check.py" not in str(p))
+    rooms = [
+        *ROOT.glob("nanovl/**/*.py"),
+        *ROOT.glob("models/**/*.py"),
+        *ROOT.glob("parallelisms/**/*.py"),
+    ]
+    code = "\n".join(
+        p.read_text() for p in rooms if "config/schema.py" not in str(p) and "config/check.py" not in str(p)
+    )
     for section in sections():
         if section is schema.Job:
             continue
         for field in dataclasses.fields(section):
-            assert re.search(rf"\.{field.name}\b", code), f"{section.__name__}.{field.name} is read by nothing"
+            assert re.search(rf"\.{field.name}\b", code), (
+                f"{section.__name__}.{field.name} is read by nothing"
+            )
 
 
 def test_field_types_are_closed() -> None:

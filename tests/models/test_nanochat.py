@@ -52,7 +52,9 @@ def test_sizes_equal_the_released_code(depth: int, total: int, training_flops: f
     assert flops == pytest.approx(training_flops, rel=1e-6)
 
 
-@pytest.mark.parametrize(("flavor", "total"), [("d20", 560_988_160), ("d26", 1_081_999_360), ("d32", 1_879_048_192)])
+@pytest.mark.parametrize(
+    ("flavor", "total"), [("d20", 560_988_160), ("d26", 1_081_999_360), ("d32", 1_879_048_192)]
+)
 def test_first_release_sizes(flavor: str, total: int) -> None:
     with torch.device("meta"):
         model = V1.model(V1.flavors[flavor]())
@@ -70,7 +72,10 @@ def test_short_window_of_the_released_context() -> None:
 def written_again(model: Nanochat, tokens: torch.Tensor) -> torch.Tensor:
     """The forward pass for one document [T], token by token where that is the definition."""
     c, w = model.config, {n: p.detach() for n, p in model.named_parameters()}
-    norm = lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + c.norm_eps)  # noqa: E731
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + c.norm_eps)
+
     length, heads, dim = len(tokens), c.num_attention_heads, c.head_dim
     x = norm(w["embed_tokens.weight"][tokens])
     gate = w["smear_lambda"] * torch.sigmoid(x[:, : c.smear_channels] @ w["smear_gate.weight"].T)
@@ -78,21 +83,21 @@ def written_again(model: Nanochat, tokens: torch.Tensor) -> torch.Tensor:
     x0, middle = x, x
     frequency = c.rope_theta ** (-torch.arange(0, dim, 2) / dim)
     angle = torch.arange(length)[:, None] * frequency
+
+    def turn(z: torch.Tensor) -> torch.Tensor:
+        a, b, cos, sin = z[..., : dim // 2], z[..., dim // 2 :], angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
     for i in range(c.depth):
         p = f"layers.{i}."
         x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
         h = norm(x)
         q, k, v = ((h @ w[f"{p}mixer.{n}_proj.weight"].T).view(length, heads, dim) for n in "qkv")
         if i % 2 == (c.depth - 1) % 2:
-            g = c.value_gate_scale * torch.sigmoid(h[:, : c.value_gate_channels] @ w[f"{p}mixer.value_gate.weight"].T)
+            g = c.value_gate_scale * torch.sigmoid(
+                h[:, : c.value_gate_channels] @ w[f"{p}mixer.value_gate.weight"].T
+            )
             v = v + g[..., None] * w[f"{p}mixer.value_embed.weight"][tokens].view(length, heads, dim)
-        turn = lambda z: torch.cat(  # noqa: E731
-            (
-                z[..., : dim // 2] * angle.cos()[:, None] - z[..., dim // 2 :] * angle.sin()[:, None],
-                z[..., dim // 2 :] * angle.cos()[:, None] + z[..., : dim // 2] * angle.sin()[:, None],
-            ),
-            -1,
-        )
         q, k = norm(turn(q)) * c.qk_scale, norm(turn(k)) * c.qk_scale
         out = torch.zeros(length, heads, dim)
         window = 10**9 if i % 4 == 3 or i == c.depth - 1 else 4  # ceil to 4 of 16 / 4
@@ -153,10 +158,16 @@ def test_initial_weights() -> None:
         found[name] = full
     assert found["layers.0.mixer.q_proj.weight"].std() == pytest.approx(256**-0.5, rel=0.02)
     assert found["layers.0.ffn.up_proj.weight"].std() == pytest.approx(0.4 * 256**-0.5, rel=0.02)
-    assert found["layers.2.mixer.o_proj.weight"].abs().max() == found["layers.2.ffn.down_proj.weight"].abs().max() == 0
+    assert (
+        found["layers.2.mixer.o_proj.weight"].abs().max()
+        == found["layers.2.ffn.down_proj.weight"].abs().max()
+        == 0
+    )
     assert found["embed_tokens.weight"].std() == pytest.approx(0.8, rel=0.02)
     assert found["lm_head.weight"].std() == pytest.approx(0.001, rel=0.02)
-    torch.testing.assert_close(found["resid_lambdas"], torch.tensor([1.15, 1.1167, 1.0833, 1.05]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found["resid_lambdas"], torch.tensor([1.15, 1.1167, 1.0833, 1.05]), rtol=0, atol=1e-4
+    )
     torch.testing.assert_close(found["x0_lambdas"], torch.tensor([0.2, 0.15, 0.1, 0.05]))
     assert found["backout_lambda"].item() == pytest.approx(0.2)
     assert found["smear_lambda"].item() == 0

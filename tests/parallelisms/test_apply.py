@@ -22,14 +22,22 @@ CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 3},
     "qwen3 tied": {"num_hidden_layers": 2, "tie_word_embeddings": True},
-    "nanochat": {"depth": 3, "aspect_ratio": 16, "head_dim": 16, "max_position_embeddings": 32, "short_window_multiple": 8},
+    "nanochat": {
+        "depth": 3,
+        "aspect_ratio": 16,
+        "head_dim": 16,
+        "max_position_embeddings": 32,
+        "short_window_multiple": 8,
+    },
 }
 ROWS = 4
 
 
 def make(name: str) -> nn.Module:
     family = name.split()[0]
-    spec = resolve_model(Model(name=family, flavor="debug" if family == "qwen3" else "", overrides=SIZES[name]), 500)
+    spec = resolve_model(
+        Model(name=family, flavor="debug" if family == "qwen3" else "", overrides=SIZES[name]), 500
+    )
     return spec.family.model(spec.config)
 
 
@@ -63,7 +71,9 @@ def shake(model: nn.Module) -> None:
         copy_full(parameter, full)
 
 
-def on_mesh(rank: int, name: str, copies: int, world: int, changes: dict[str, Any], compiled: bool) -> dict[str, Any]:
+def on_mesh(
+    rank: int, name: str, copies: int, world: int, changes: dict[str, Any], compiled: bool
+) -> dict[str, Any]:
     job = Job(**changes)
     job.parallelism.data_parallel_replicate_degree = copies
     mesh = build_mesh(job.parallelism, world, CPU)
@@ -146,7 +156,9 @@ def log_line(rank: int, mode: str) -> str:
 
 def test_every_applied_step_is_logged_with_a_count() -> None:
     assert fork_ranks(log_line, 1, "none")[0] == "applied   FSDP2 (4 units, bfloat16 compute, float32 reduce)"
-    assert fork_ranks(log_line, 1, "selective")[0].startswith("applied   activation checkpointing (2 of 3 blocks), FSDP2")
+    assert fork_ranks(log_line, 1, "selective")[0].startswith(
+        "applied   activation checkpointing (2 of 3 blocks), FSDP2"
+    )
 
 
 def cpu_shards_differ(rank: int) -> bool:

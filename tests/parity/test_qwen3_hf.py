@@ -14,7 +14,12 @@ from nanovl.errors import CheckpointError
 from nanovl.spec import ModelSpec
 
 CASES = {
-    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False},
+    "grouped": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+    },
     "tied": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True},
     "one_kv_head": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 5e5},
 }

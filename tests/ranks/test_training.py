@@ -17,6 +17,8 @@ from nanovl.metrics import read_metrics
 from nanovl.registry import read_job
 from nanovl.trainer import train
 
+Trained = tuple[list[float], dict[str, Tensor]]
+"""Losses of all steps, and the final weights."""
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
 NANOCHAT = [
     "--model.name=nanochat",
@@ -42,7 +44,7 @@ def train_rank(rank: int, job: Job, resume: bool) -> None:
     train(job, resume=resume)
 
 
-def run(folder: Path, world: int, flags: Sequence[str], *, resume: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+def run(folder: Path, world: int, flags: Sequence[str], *, resume: bool = False) -> Trained:
     """Losses of all steps so far, and the final weights."""
     job = job_of(world, [*flags, f"--job.run_dir={folder}"])
     fork_ranks(train_rank, world, job, resume)
@@ -57,10 +59,14 @@ def flags_for(family: str, tiny_flags: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> dict[str, Trained]:
     folder = tmp_path_factory.mktemp("one")
     return {
-        family: run(folder / family, 1, [*flags_for(family, tiny_flags), "--training.steps=10", "--training.local_batch_size=8"])
+        family: run(
+            folder / family,
+            1,
+            [*flags_for(family, tiny_flags), "--training.steps=10", "--training.local_batch_size=8"],
+        )
         for family in ("qwen3", "nanochat")
     }
 
@@ -79,8 +85,7 @@ MESHES = [
 @pytest.mark.parametrize("family", ["qwen3", "nanochat"])
 @pytest.mark.parametrize(("world", "copies", "rows"), MESHES)
 def test_every_mesh_learns_as_one_rank(
-    tmp_path: Path, tiny_flags: list[str], one_rank: dict[str, tuple[list[float], dict[str, Tensor]]], family: str, world: int,
-    copies: int, rows: int,
+    tmp_path: Path, tiny_flags: list[str], one_rank: dict[str, Trained], family: str, world: int, copies: int, rows: int
 ) -> None:  # fmt: skip
     flags = [
         *flags_for(family, tiny_flags),
@@ -110,13 +115,17 @@ def test_resume_is_bit_equal(tmp_path: Path, tiny_flags: list[str], family: str)
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_a_run_of_two_ranks_goes_on_with_another_number(tmp_path: Path, tiny_flags: list[str], world: int) -> None:
+def test_a_run_of_two_ranks_goes_on_with_another_number(
+    tmp_path: Path, tiny_flags: list[str], world: int
+) -> None:
     flags = [*tiny_flags, "--training.steps=6", "--checkpoint.interval=3"]
     expected, _ = run(tmp_path / "whole", 2, flags)
     killed_after_the_first_save(tmp_path / "whole", tmp_path / "run")
     losses, _ = run(tmp_path / "run", world, flags, resume=True)
     assert losses[:3] == expected[:3]
-    assert losses[3:] == pytest.approx(expected[3:], rel=1e-5)  # another row anywhere would show in the third digit
+    assert losses[3:] == pytest.approx(
+        expected[3:], rel=1e-5
+    )  # another row anywhere would show in the third digit
 
 
 def test_a_finished_run_can_be_extended(tmp_path: Path, tiny_flags: list[str]) -> None:
