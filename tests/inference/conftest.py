@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from nanovl.checkpoint.hf import save_hf
 from nanovl.config.schema import Model
-from nanovl.registry import resolve_model
+from nanovl.registry import family, resolve_model
+from nanovl.spec import ModelSpec
+from nanovl.tokenizer.bpe import Tokenizer
 
 SMALL = {"vocab_size": 97, "max_position_embeddings": 64}
 WINDOWED = {"blocks": {"full": {"mixer": {"sliding_window": 5}}}}
@@ -37,12 +41,14 @@ BuildModel = Callable[..., nn.Module]
 
 @pytest.fixture
 def build_model() -> BuildModel:
-    """`build_model(case, **overrides)`: one of CASES, its parameters drawn anew (as made, output matrices are 0)."""
+    """`build_model(case, **overrides)`: one of CASES, its parameters drawn anew, as some begin at 0."""
 
     def build(case: str, **overrides: Any) -> nn.Module:
         name, flavor, settings = CASES[case]
         small = {"max_position_embeddings": SMALL["max_position_embeddings"]}
-        spec = resolve_model(Model(name=name, flavor=flavor, overrides={**small, **settings, **overrides}), 97)
+        spec = resolve_model(
+            Model(name=name, flavor=flavor, overrides={**small, **settings, **overrides}), 97
+        )
         model = spec.family.model(spec.config)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -51,3 +57,16 @@ def build_model() -> BuildModel:
         return model
 
     return build
+
+
+@pytest.fixture
+def directory(build_model: BuildModel, tmp_path: Path) -> Path:
+    """A Hugging Face directory: a model over bytes whose best tokens, five at least, are small letters."""
+    model = build_model("qwen3", vocab_size=265)
+    with torch.no_grad():
+        model.lm_head.weight[: ord("a")] = 0.0
+        model.lm_head.weight[ord("z") + 1 :] = 0.0
+    spec = ModelSpec(family("qwen3"), model.config)
+    save_hf(tmp_path / "model", dict(model.named_parameters()), spec, torch.float32)
+    Tokenizer([]).save(tmp_path / "model")
+    return tmp_path / "model"

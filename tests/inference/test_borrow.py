@@ -69,7 +69,10 @@ def test_the_model_is_given_back_after_an_error(build_model: BuildModel) -> None
     assert model.training
     assert torch.is_grad_enabled()
     assert not engine.busy
-    assert engine.generate([[1, 2, 3]], max_tokens=5)[0].ids == Engine(model).generate([[1, 2, 3]], max_tokens=5)[0].ids
+    assert (
+        engine.generate([[1, 2, 3]], max_tokens=5)[0].ids
+        == Engine(model).generate([[1, 2, 3]], max_tokens=5)[0].ids
+    )
 
 
 def test_new_weights_are_used_at_once(build_model: BuildModel) -> None:
@@ -86,7 +89,10 @@ def test_new_weights_are_used_at_once(build_model: BuildModel) -> None:
 
 def test_compiled_blocks_are_neither_used_nor_compiled_anew(build_model: BuildModel) -> None:
     torch._dynamo.reset()
-    model, expected = build_model("nanochat"), Engine(build_model("nanochat")).generate([[1, 2, 3]], max_tokens=12)
+    model, expected = (
+        build_model("nanochat"),
+        Engine(build_model("nanochat")).generate([[1, 2, 3]], max_tokens=12),
+    )
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:

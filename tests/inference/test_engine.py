@@ -107,7 +107,10 @@ def test_a_text_ends_at_a_stop_id_its_limit_or_the_context(build_model: BuildMod
     model, prompt = build_model("qwen3"), prompts(10)[0]
     free = greedy(model, prompt, 8)
     stop = next(i for i in free[2:] if free.index(i) >= 2)
-    stopped, full = Engine(model).generate([prompt], max_tokens=8, stop_ids={stop})[0], Engine(model, max_tokens=12)
+    stopped, full = (
+        Engine(model).generate([prompt], max_tokens=8, stop_ids={stop})[0],
+        Engine(model, max_tokens=12),
+    )
     assert (stopped.ids, stopped.finish_reason) == (free[: free.index(stop) + 1], "stop")
     assert len(stopped.logprobs) == len(stopped.ids)
     assert Engine(model).generate([prompt], max_tokens=8)[0].finish_reason == "length"
@@ -151,7 +154,10 @@ def test_stream_gives_tokens_one_by_one_and_cleans_up(build_model: BuildModel) -
     assert [next(stream).token_id, next(stream).token_id] == greedy(model, prompt, 2)
     stream.close()
     assert not engine.busy
-    assert [event.finish_reason for event in engine.stream(Request(prompt_ids=prompt, max_tokens=2))] == [None, "length"]
+    assert [event.finish_reason for event in engine.stream(Request(prompt_ids=prompt, max_tokens=2))] == [
+        None,
+        "length",
+    ]
 
 
 def test_text_is_encoded_with_bos_and_decoded_without_the_stop(build_model: BuildModel) -> None:
@@ -187,7 +193,9 @@ def test_an_id_that_the_tokenizer_does_not_know_is_never_chosen(build_model: Bui
     ids = Engine(model).generate([[1]] * 4, max_tokens=8)[0].ids
     assert max(ids) >= 265
     for temperature in (0.0, 1.0):
-        completion = Engine(model, tokenizer).generate([[1]], max_tokens=30, temperature=temperature, stop_ids=())[0]
+        completion = Engine(model, tokenizer).generate(
+            [[1]], max_tokens=30, temperature=temperature, stop_ids=()
+        )[0]
         assert max(completion.ids) < 265
         logits = logits_after(model, [1], completion.ids).log_softmax(-1)
         expected = logits[torch.arange(30), torch.tensor(completion.ids)]
@@ -223,7 +231,10 @@ def completion_of(engine: Engine, **settings: Any) -> Completion:
     [
         ({"prompt_ids": []}, "prompt_ids is empty: give at least one token"),
         ({"prompt_ids": [1] * 65}, "prompt_ids has 65 tokens, the context holds 64: shorten the prompt"),
-        ({"prompt_ids": [1, 97]}, "prompt_ids holds 97, outside the model's vocabulary of 97: encode the text with"),
+        (
+            {"prompt_ids": [1, 97]},
+            "prompt_ids holds 97, outside the model's vocabulary of 97: encode the text with",
+        ),
         ({"prompt_ids": [-1]}, "prompt_ids holds -1, outside"),
         ({"max_tokens": 0}, "max_tokens = 0: wants 1 or more"),
         ({"temperature": -0.5}, "temperature = -0.5: wants 0"),
@@ -263,7 +274,9 @@ def test_wrong_use_of_the_engine_is_refused(build_model: BuildModel) -> None:
     with pytest.raises(RequestError, match="text needs a tokenizer"):
         engine.generate(["abc"])
     engine.add(Request(prompt_ids=[1], max_tokens=4))
-    with pytest.raises(RequestError, match=r"Engine.generate: 1 requests are not finished; step\(\) while busy"):
+    with pytest.raises(
+        RequestError, match=r"Engine.generate: 1 requests are not finished; step\(\) while busy"
+    ):
         completion_of(engine)
     with pytest.raises(RequestError, match=r"Engine.stream: 1 requests"):
         next(engine.stream(Request(prompt_ids=[1], max_tokens=4)))
@@ -277,7 +290,9 @@ def test_weights_that_are_not_finite_are_no_text(build_model: BuildModel) -> Non
         kept = model.norm.weight[0].clone()
         model.norm.weight[0] = float("nan")
     for temperature in (0.0, 1.0):
-        with pytest.raises(NanovlError, match="request [0-9]: the model's logits after 3 tokens are not finite"):
+        with pytest.raises(
+            NanovlError, match=r"request \d: the model's logits after 3 tokens are not finite"
+        ):
             completion_of(engine, temperature=temperature)
     assert not engine.busy
     with torch.no_grad():

@@ -36,7 +36,8 @@ def test_top_k_keeps_the_largest_and_ties() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "expected"), [(0.1, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2, 3])]
+    ("top_p", "expected"),
+    [(0.1, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2, 3])],
 )
 def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, expected: list[int]) -> None:
     assert kept(keep_top_p(logits_of(0.3, 0.15, 0.5, 0.05), top_p)) == [expected]
@@ -72,7 +73,9 @@ def test_small_temperature_does_not_overflow() -> None:
     assert candidates(logits, 1e-5).softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (0.74, 3), (0.76, 4), (1 - 2**-53, 4)])
+@pytest.mark.parametrize(
+    ("u", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (0.74, 3), (0.76, 4), (1 - 2**-53, 4)]
+)
 def test_draw_inverts_the_cumulative_distribution(u: float, expected: int) -> None:
     logits = logits_of(0.0, 0.5, 0.0, 0.25, 0.25, 0.0)
     assert draw(logits, torch.tensor([u], dtype=torch.float64)).tolist() == [expected]

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 from nanovl.inference.stream import TextStream, decode_text
 from nanovl.tokenizer.bpe import Tokenizer
 
-TOKENIZER = Tokenizer([(b"\xc3", b"\xa9"), (b"a", b"\xf0")])  # "é", and a letter with the first byte of an emoji
+TOKENIZER = Tokenizer(
+    [(b"\xc3", b"\xa9"), (b"a", b"\xf0")]
+)  # "é", and a letter with the first byte of an emoji
 
 
 def test_a_character_waits_for_its_last_byte() -> None:

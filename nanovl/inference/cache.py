@@ -1,0 +1,243 @@
+"""Keys, values and last embeddings of running requests, and the children of a model that keep them.
+
+The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
+`CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit. Another child
+that looks at earlier tokens needs its cached form in `cached_form`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanovl.inference.request import RequestError
+from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, attend
+from nanovl.models.nanochat import PreviousToken
+
+# B rows of a forward, T their tokens (right-padded), N all tokens but the padding, S key places, D channels,
+# H query heads, K key/value heads
+
+PLACES_MULTIPLE = 64
+"""Places are reserved in this multiple, so that growing prompts do not copy the cache each time."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that one forward reads: places `first` to `stop` of its slots."""
+
+    first: int
+    stop: int
+    mask: Tensor | None
+    """True where a query may look, [B, 1, T, S]; None = everywhere, or causally."""
+    is_causal: bool = False
+
+
+class Feed:
+    """What one forward feeds: row b brings `counts[b]` tokens for slot `slots[b]`, from place `starts[b]` on.
+
+    Shorter rows are padded on the right. A padded token repeats the place of its row's last one: so it sees
+    written keys only; it is not written itself, and nobody reads what it computes.
+    """
+
+    def __init__(self, slots: list[int], starts: list[int], counts: list[int], device: torch.device) -> None:
+        self.starts, self.counts = starts, counts
+        self.stop = max(start + count for start, count in zip(starts, counts, strict=True))
+        # made on the CPU, so that no size of theirs is asked of a GPU
+        slots_B, starts_B1, counts_B1 = (
+            torch.tensor(slots),
+            torch.tensor(starts)[:, None],
+            torch.tensor(counts)[:, None],
+        )
+        column_T = torch.arange(max(counts))
+        positions_BT = starts_B1 + column_T.minimum(counts_B1 - 1)
+        rows_N, columns_N = (column_T < counts_B1).nonzero(as_tuple=True)
+        self.positions_BT = positions_BT.to(device)
+        self.slots_N, self.places_N = slots_B[rows_N].to(device), positions_BT[rows_N, columns_N].to(device)
+        self.last = (torch.arange(len(slots), device=device), counts_B1[:, 0].to(device) - 1)
+        """Index of every row's last token in a [B, T, ...] tensor."""
+        # adjacent slots are read in place, others are gathered
+        together = slice(slots[0], slots[0] + len(slots))
+        self.slots = together if slots == [*range(together.start, together.stop)] else slots_B.to(device)
+        self._valid = (rows_N.to(device), columns_N.to(device)) if min(counts) < max(counts) else None
+        self._keys: dict[int | None, Keys] = {}
+
+    def without_padding(self, x_BT: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...], row by row."""
+        return x_BT.flatten(0, 1) if self._valid is None else x_BT[self._valid]
+
+    def keys(self, window: int | None) -> Keys:
+        """What queries with `window` may read; made once for all layers that share it."""
+        if window not in self._keys:
+            self._keys[window] = self._make_keys(window)
+        return self._keys[window]
+
+    def _make_keys(self, window: int | None) -> Keys:
+        num_tokens = max(self.counts)
+        first = 0 if window is None else max(0, min(self.starts) - window + 1)
+        together = self._valid is None and min(self.starts) == max(self.starts)
+        if together and num_tokens == 1:
+            return Keys(first, self.stop, None)
+        if together and self.starts[0] == 0 and (window is None or window >= num_tokens):
+            return Keys(0, self.stop, None, is_causal=True)
+        key_S = torch.arange(first, self.stop, device=self.positions_BT.device)
+        distance_BTS = self.positions_BT[..., None] - key_S
+        mask_BTS = distance_BTS >= 0
+        if window is not None:
+            mask_BTS &= distance_BTS < window
+        return Keys(first, self.stop, mask_BTS[:, None])
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What the cache takes: `slots` x `places` tokens of `bytes_per_token`, allocated so far."""
+
+    slots: int
+    places: int
+    bytes_per_token: int
+    """Keys and values of one token in all layers."""
+
+    @property
+    def bytes(self) -> int:
+        return self.slots * self.places * self.bytes_per_token
+
+    def __str__(self) -> str:
+        tokens = f"{self.slots} slots x {self.places} tokens"
+        return f"{self.bytes / 2**20:.1f} MiB: {tokens} x {self.bytes_per_token:,} bytes"
+
+
+class KVCache:
+    """All that a model remembers of its running requests, one slot each.
+
+    Memory grows to what the admitted requests can need, and stays. Its dtype and device are those of the keys
+    that arrive, since FSDP's compute dtype shows nowhere else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.slots = self.places = 0
+        self.feed: Feed | None = None
+        self._weights_dtype = next(model.parameters()).dtype
+        self._seats = [
+            (parent, name, child, cached)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if (cached := cached_form(child, self)) is not None
+        ]
+        self._cores = [cached for *_, cached in self._seats if isinstance(cached, CachedCore)]
+        if not self._cores:
+            name = type(model).__name__
+            raise RequestError(
+                f"Engine: {name} has no AttentionCore; give it a model built of nanovl's blocks"
+            )
+
+    def reserve(self, slots: int, places: int) -> None:
+        """Have room for `slots` requests of `places` tokens from the next forward on."""
+        self.slots = max(self.slots, slots)
+        self.places = max(self.places, -(-places // PLACES_MULTIPLE) * PLACES_MULTIPLE)
+
+    def clear(self, slot: int) -> None:
+        """Forget what `slot` holds. Nothing may stay: 0 times a masked value is NaN if that is inf."""
+        for *_, cached in self._seats:
+            for store in cached.stores():
+                if slot < len(store):
+                    store[slot].zero_()
+
+    @contextmanager
+    def installed(self, feed: Feed) -> Iterator[None]:
+        """The model remembers, for one forward of `feed`; then every child is its own again."""
+        self.feed = feed
+        try:
+            for parent, name, _, cached in self._seats:
+                setattr(parent, name, cached)
+            yield
+        finally:
+            for parent, name, child, _ in self._seats:
+                setattr(parent, name, child)
+            self.feed = None
+
+    def memory(self) -> CacheMemory:
+        """What is reserved; before the first forward, as if computed in the dtype of the weights."""
+        per_token = sum(core.bytes_per_token(self._weights_dtype) for core in self._cores)
+        return CacheMemory(self.slots, self.places, per_token)
+
+
+class CachedCore(nn.Module):
+    """AttentionCore over the keys and values of each row's slot, the new ones included."""
+
+    def __init__(self, core: AttentionCore, cache: KVCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.window = core.window
+        self.num_key_value_heads, self.head_dim = core.num_key_value_heads, core.head_dim
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def forward(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, meta: AttentionMeta) -> Tensor:
+        """-> [B, T, H, D]."""
+        feed = self.cache.feed
+        assert feed is not None, "a cached core outside of KVCache.installed"
+        self.k = _grown(self.k, (self.cache.slots, self.cache.places, *k_BTKD.shape[2:]), k_BTKD)
+        self.v = _grown(self.v, (self.cache.slots, self.cache.places, *v_BTKD.shape[2:]), v_BTKD)
+        self.k[feed.slots_N, feed.places_N] = feed.without_padding(k_BTKD)
+        self.v[feed.slots_N, feed.places_N] = feed.without_padding(v_BTKD)
+        keys = feed.keys(self.window)
+        read = (feed.slots, slice(keys.first, keys.stop))
+        k_BSKD, v_BSKD = self.k[read], self.v[read]
+        batch, tokens, heads, head_dim = q_BTHD.shape
+        if tokens > 1:
+            return attend(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal)
+        # the query heads of one key head, taken for that many tokens, read each key once instead of once each
+        grouped = q_BTHD.view(batch, k_BSKD.shape[2], -1, head_dim).transpose(1, 2)
+        out = attend(grouped, k_BSKD, v_BSKD, keys.mask)
+        return out.transpose(1, 2).reshape(batch, 1, heads, -1)
+
+    def stores(self) -> list[Tensor]:
+        """Tensors [slots, ...] that hold what was seen."""
+        return [store for store in (self.k, self.v) if store is not None]
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Of keys and values; `dtype` where none have arrived yet."""
+        if self.k is None or self.v is None:
+            return 2 * self.num_key_value_heads * self.head_dim * dtype.itemsize
+        return self.k[0, 0].nbytes + self.v[0, 0].nbytes
+
+
+class CachedPrevious(nn.Module):
+    """PreviousToken that remembers the last embedding of every slot."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.last: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        feed = self.cache.feed
+        assert feed is not None, "a cached child outside of KVCache.installed"
+        self.last = _grown(self.last, (self.cache.slots, x_BTD.shape[-1]), x_BTD)
+        before_BTD = torch.cat((self.last[feed.slots][:, None], x_BTD[:, :-1]), dim=1)
+        self.last[feed.slots] = x_BTD[feed.last]
+        return before_BTD * (positions_BT > 0)[..., None]
+
+    def stores(self) -> list[Tensor]:
+        """Tensors [slots, ...] that hold what was seen."""
+        return [] if self.last is None else [self.last]
+
+
+def cached_form(child: nn.Module, cache: KVCache) -> CachedCore | CachedPrevious | None:
+    """What stands for `child` in the engine; None where it looks at no other token."""
+    if isinstance(child, AttentionCore):
+        return CachedCore(child, cache)
+    return CachedPrevious(cache) if isinstance(child, PreviousToken) else None
+
+
+def _grown(store: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`store` with room for `shape`, what it holds kept and the rest 0; new memory is as `like`."""
+    if store is not None and all(have >= want for have, want in zip(store.shape, shape, strict=True)):
+        return store
+    grown = like.new_zeros(shape)
+    if store is not None:
+        grown[tuple(slice(size) for size in store.shape)] = store
+    return grown
