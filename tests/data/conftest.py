@@ -1,10 +1,12 @@
-"""A tokenizer whose ids are easy to foresee, and jobs over files of the test."""
+"""A tokenizer whose ids are easy to foresee, jobs over files of the test, and a server of shards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,68 @@ def write_texts(tmp_path: Path) -> Callable[..., Source]:
         return Source(kind="text", path=str(tmp_path / folder), **settings)  # type: ignore[arg-type]
 
     return write
+
+
+class ShardServer(ThreadingHTTPServer):
+    """A real server of `body` at every path, with the manners that a test sets."""
+
+    daemon_threads = True
+    ranges = True
+    cut_after: int | None = None
+    """Bytes after which the first answer's connection ends."""
+    errors: list[int]
+    """Status of the next answers."""
+    sha256 = ""
+    """Answer with a redirect first, as Hugging Face does, that names this checksum."""
+    body = b"PAR1" + bytes(range(256)) * 40 + b"PAR1"
+    seen: list[tuple[str, str]]
+    """(path, Range) of every request."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class ShardHandler(BaseHTTPRequestHandler):
+    server: ShardServer
+
+    def do_GET(self) -> None:
+        server, wanted = self.server, self.headers.get("Range", "")
+        server.seen.append((self.path, wanted))
+        if server.errors:
+            self.send_error(server.errors.pop(0))
+            return
+        if server.sha256 and not self.path.startswith("/cdn"):
+            self.send_response(302)
+            self.send_header("Location", f"{server.url}/cdn{self.path}")
+            self.send_header("X-Linked-Etag", f'"{server.sha256}"')
+            self.end_headers()
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
+        total = len(server.body)
+        if start >= total:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{total}")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        self.send_header("Content-Length", str(total - start))
+        self.end_headers()
+        end = total if server.cut_after is None else start + server.cut_after
+        server.cut_after = None
+        self.wfile.write(server.body[start:end])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ShardServer]:
+    server = ShardServer(("127.0.0.1", 0), ShardHandler)
+    server.errors, server.seen = [], []
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -51,7 +51,8 @@ def test_show_prints_every_piece_with_its_place(config, tokenizer_folder, capsys
     ]
     assert re.fullmatch(r'  document 0, positions 0-63: "<\|bos\|>.*"', lines[1])
     assert re.fullmatch(
-        r"\d+ documents begin in 8 rows; 100.0% of the positions have a loss, \d+.\d% .* were cropped", lines[-1]
+        r"\d+ documents begin in 8 rows; 100.0% of the positions have a loss, \d+.\d% .* were cropped",
+        lines[-1],
     )
 
 
@@ -77,7 +78,9 @@ def test_show_marks_what_has_no_loss():
 
 def test_show_reads_a_run(config, tokenizer_folder, tmp_path, capsys):
     run = Run(tmp_path / "run")
-    with pytest.raises(RunError, match=r"run is no run folder: it has no config.json; give a run, or --config FILE"):
+    with pytest.raises(
+        RunError, match=r"run is no run folder: it has no config.json; give a run, or --config FILE"
+    ):
         data_tools.main(["show", str(run.folder)])
     run.write_job(load_job([config]), [])
     Tokenizer.load(tokenizer_folder).save(run.tokenizer)
@@ -89,13 +92,13 @@ def test_show_reads_a_run(config, tokenizer_folder, tmp_path, capsys):
 
 def test_pack_and_the_job_it_prints_give_the_same_text(config, tmp_path, capsys):
     out = tmp_path / "packed"
-    assert data_tools.main(["pack", "--config", str(config), f"--out={out}", "--shard-tokens=40000"]) == 0
+    assert data_tools.main(["pack", "--config", str(config), f"--out={out}", "--shard-tokens=20000"]) == 0
     printed = capsys.readouterr().out.split("a job reads it with\n\n")[1]
     job = load_job([config])
     shards = sorted((out / "source_0").iterdir())
     assert len(shards) > 2
     sizes = [len(load_file(shard)["tokens"]) for shard in shards]
-    assert all(size >= 40_000 for size in sizes[:-1])
+    assert all(size >= 20_000 for size in sizes[:-1])
     packed_config = tmp_path / "packed.toml"
     packed_config.write_text(printed)
     packed = load_job([packed_config])
@@ -116,8 +119,14 @@ def test_pack_without_a_tokenizer_learns_one_and_keeps_it(config, tmp_path, caps
     assert Tokenizer.load(out / "tokenizer").vocab_size == 300
     with pytest.raises(ConfigError, match=r"--out = .*packed: exists already; remove it, or choose another"):
         data_tools.main(["pack", "--config", str(config), f"--out={out}"])
-    again = ["--data.sources.0.kind=tokens", f"--data.sources.0.path={out}", f"--tokenizer.path={out}/tokenizer"]
-    with pytest.raises(DataError, match=r'data.sources.0: kind "tokens" is packed already; leave this source out'):
+    again = [
+        "--data.sources.0.kind=tokens",
+        f"--data.sources.0.path={out}",
+        f"--tokenizer.path={out}/tokenizer",
+    ]
+    with pytest.raises(
+        DataError, match=r'data.sources.0: kind "tokens" is packed already; leave this source out'
+    ):
         data_tools.main(["pack", "--config", str(config), *again, f"--out={tmp_path / 'twice'}"])
 
 
@@ -127,7 +136,7 @@ def test_a_pack_that_fails_leaves_nothing_that_a_job_could_read(config, corpus, 
     (broken / "a.txt").write_text("fine")
     (broken / "b.txt").write_bytes(b"\0")
     flags = [f"--data.sources.0.path={broken}", "--data.sources.0.holdout=0", "--validation.freq=0"]
-    with pytest.raises(DataError, match="b.txt: holds NUL bytes"):
+    with pytest.raises(DataError, match=r"b.txt: holds NUL bytes"):
         data_tools.main(["pack", "--config", str(config), *flags, f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
@@ -137,11 +146,14 @@ def test_wrong_command_lines(config):
         (["sho"], "data sho: no such verb; did you mean 'show'?"),
         (["pack", "--config", str(config)], "data pack: needs --out=DIR, a new folder for the shards"),
         (["show", "--config", str(config), "--rows=0"], "--rows = '0': wants a whole number above 0"),
-        (["pack", "--config", str(config), "--out=x", "--shard-tokens=many"], "--shard-tokens = 'many': wants"),
-        (["show", "--row=3"], r"--row=3: unknown option; did you mean --rows\?"),
+        (
+            ["pack", "--config", str(config), "--out=x", "--shard-tokens=many"],
+            "--shard-tokens = 'many': wants",
+        ),
+        (["show", "--row=3"], "--row=3: unknown option; did you mean --rows?"),
         (["get", "climbmix", "--shards=7000", "--out=x"], "--shards = 7000: the data set has 6543"),
     ):
-        with pytest.raises(ConfigError, match=message.replace("?", r"\?") if "\\" not in message else message):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             data_tools.main(argv)
     with pytest.raises(SystemExit):
         data_tools.main(["get", "nowhere", "--out=x"])
@@ -152,21 +164,10 @@ def test_usage(capsys):
     assert capsys.readouterr().out.count("nanovl data pack --config FILE") == 2
 
 
-def test_get_from_another_server(tmp_path, capsys):
-    from test_download import BODY, Handler, Server  # the same real server
-
-    import threading
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.errors, server.seen = [], []
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        flags = ["--shards=2", "--holdout=0.02", f"--out={tmp_path}", f"--base-url={server.url}/folder"]
-        assert data_tools.main(["get", "climbmix", *flags]) == 0
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_get_from_another_server(server, tmp_path, capsys):
+    flags = ["--shards=2", "--holdout=0.02", f"--out={tmp_path}", f"--base-url={server.url}/folder"]
+    assert data_tools.main(["get", "climbmix", *flags]) == 0
     names = ["shard_00000.parquet", "shard_00001.parquet", "shard_00039.parquet"]
     assert sorted(path for path, _ in server.seen) == [f"/folder/{name}" for name in names]
-    assert all((tmp_path / name).read_bytes() == BODY for name in names)
+    assert all((tmp_path / name).read_bytes() == server.body for name in names)
     assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: 3 files of climbmix"

@@ -76,7 +76,9 @@ def test_training_texts_leave_out_the_heldout_files(make_job, write_texts):
     assert len(heldout) > 5
 
 
-def test_heldout_texts_keep_their_order_whatever_the_seed_and_the_other_files(tmp_path, make_job, write_texts):
+def test_heldout_texts_keep_their_order_whatever_the_seed_and_the_other_files(
+    tmp_path, make_job, write_texts
+):
     job = make_job(write_texts([f"t{i:02d}" for i in range(60)], holdout=0.5))
     texts = list(heldout_texts(job))
     assert texts != sorted(texts)
@@ -98,7 +100,9 @@ def test_validation_sources_take_the_place_of_the_heldout_files(make_job, write_
 
 
 def test_no_text_to_validate_on(make_job, write_texts):
-    with pytest.raises(DataError, match=r"data.sources: none keeps text for validation; set data.sources.N.holdout"):
+    with pytest.raises(
+        DataError, match=r"data.sources: none keeps text for validation; set data.sources.N.holdout"
+    ):
         heldout_texts(make_job(write_texts(["t"])))
 
 
@@ -106,5 +110,7 @@ def test_packed_tokens_are_no_text(tmp_path, make_job):
     write_shard(tmp_path / "a.safetensors", [np.array([1])], "bytes", 257)
     source = Source(kind="tokens", path=str(tmp_path), holdout=0.5)
     for texts in (training_texts, heldout_texts):
-        with pytest.raises(DataError, match=r'data.sources.0: kind "tokens" holds no text; name the text it was'):
+        with pytest.raises(
+            DataError, match=r'data.sources.0: kind "tokens" holds no text; name the text it was'
+        ):
             list(texts(make_job(source)))

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,81 +9,14 @@ from nanovl.data.download import DATASETS, choose_shards, download, download_all
 from nanovl.data.sources import heldout_place
 from nanovl.errors import ConfigError, DataError
 
-BODY = b"PAR1" + bytes(range(256)) * 40 + b"PAR1"
-
-
-class Server(ThreadingHTTPServer):
-    """A real server of BODY at every path, with the manners that a test sets."""
-
-    daemon_threads = True
-    ranges = True
-    cut_after: int | None = None
-    """Bytes after which the first answer's connection ends."""
-    errors: list[int]
-    """Status of the next answers."""
-    sha256 = ""
-    """Answer with a redirect first, as Hugging Face does, that names this checksum."""
-    body = BODY
-    seen: list[tuple[str, str]]
-    """(path, Range) of every request."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server, wanted = self.server, self.headers.get("Range", "")
-        server.seen.append((self.path, wanted))
-        if server.errors:
-            self.send_error(server.errors.pop(0))
-            return
-        if server.sha256 and not self.path.startswith("/cdn"):
-            self.send_response(302)
-            self.send_header("Location", f"{server.url}/cdn{self.path}")
-            self.send_header("X-Linked-Etag", f'"{server.sha256}"')
-            self.end_headers()
-            return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
-        total = len(server.body)
-        if start >= total:
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{total}")
-            self.end_headers()
-            return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        self.send_header("Content-Length", str(total - start))
-        self.end_headers()
-        end = total if server.cut_after is None else start + server.cut_after
-        server.cut_after = None
-        self.wfile.write(server.body[start:end])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server(("127.0.0.1", 0), Handler)
-    server.errors, server.seen = [], []
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
 
 def no_sleep(seconds: float) -> None:
     raise AssertionError(f"slept {seconds} s: a try failed")
 
 
 def test_a_file_arrives_whole_and_under_its_name_only_then(server, tmp_path):
-    assert download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep) == len(BODY)
-    assert (tmp_path / "a.parquet").read_bytes() == BODY
+    assert download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep) == len(server.body)
+    assert (tmp_path / "a.parquet").read_bytes() == server.body
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
     assert server.seen == [("/a.parquet", "")]
 
@@ -95,15 +25,15 @@ def test_a_cut_connection_is_resumed_where_it_broke(server, tmp_path):
     server.cut_after = 1000
     slept: list[float] = []
     download(f"{server.url}/a.parquet", tmp_path / "a.parquet", slept.append)
-    assert (tmp_path / "a.parquet").read_bytes() == BODY
+    assert (tmp_path / "a.parquet").read_bytes() == server.body
     assert server.seen == [("/a.parquet", ""), ("/a.parquet", "bytes=1000-")]
     assert slept == [2.0]
 
 
 def test_a_draft_of_an_earlier_command_is_gone_on_with(server, tmp_path):
-    (tmp_path / "a.parquet.tmp").write_bytes(BODY[:5000])
+    (tmp_path / "a.parquet.tmp").write_bytes(server.body[:5000])
     download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep)
-    assert (tmp_path / "a.parquet").read_bytes() == BODY
+    assert (tmp_path / "a.parquet").read_bytes() == server.body
     assert server.seen == [("/a.parquet", "bytes=5000-")]
 
 
@@ -111,17 +41,17 @@ def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
     server.ranges = False
     (tmp_path / "a.parquet.tmp").write_bytes(b"x" * 5000)
     download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep)
-    assert (tmp_path / "a.parquet").read_bytes() == BODY
+    assert (tmp_path / "a.parquet").read_bytes() == server.body
 
 
 def test_a_whole_draft_needs_no_more_bytes_and_a_too_long_one_is_thrown_away(server, tmp_path):
-    (tmp_path / "a.parquet.tmp").write_bytes(BODY)
+    (tmp_path / "a.parquet.tmp").write_bytes(server.body)
     download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep)
-    assert (tmp_path / "a.parquet").read_bytes() == BODY
-    (tmp_path / "b.parquet.tmp").write_bytes(BODY + b"more")
+    assert (tmp_path / "a.parquet").read_bytes() == server.body
+    (tmp_path / "b.parquet.tmp").write_bytes(server.body + b"more")
     slept: list[float] = []
     download(f"{server.url}/b.parquet", tmp_path / "b.parquet", slept.append)
-    assert (tmp_path / "b.parquet").read_bytes() == BODY
+    assert (tmp_path / "b.parquet").read_bytes() == server.body
     assert slept == [2.0]
 
 
@@ -139,7 +69,9 @@ def test_errors_of_the_server_are_tried_five_times(server, tmp_path):
 
 def test_a_file_that_is_not_there_is_tried_once(server, tmp_path):
     server.errors = [404]
-    with pytest.raises(DataError, match=r"/a.parquet: HTTP 404 Not Found; check the number of shards, or --base-url"):
+    with pytest.raises(
+        DataError, match=r"/a.parquet: HTTP 404 Not Found; check the number of shards, or --base-url"
+    ):
         download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep)
 
 
@@ -149,17 +81,21 @@ def test_nobody_listens(tmp_path):
 
 
 def test_the_checksum_of_a_redirect_is_verified(server, tmp_path):
-    server.sha256 = hashlib.sha256(BODY).hexdigest()
-    (tmp_path / "a.parquet.tmp").write_bytes(BODY[:300])
+    server.sha256 = hashlib.sha256(server.body).hexdigest()
+    (tmp_path / "a.parquet.tmp").write_bytes(server.body[:300])
     download(f"{server.url}/a.parquet", tmp_path / "a.parquet", no_sleep)
     assert server.seen == [("/a.parquet", "bytes=300-"), ("/cdn/a.parquet", "bytes=300-")]
-    (tmp_path / "b.parquet.tmp").write_bytes(b"?" * 300)  # the beginning of another file: found out, fetched anew
+    (tmp_path / "b.parquet.tmp").write_bytes(
+        b"?" * 300
+    )  # the beginning of another file: found out, fetched anew
     slept: list[float] = []
     download(f"{server.url}/b.parquet", tmp_path / "b.parquet", slept.append)
     assert slept == [2.0]
-    assert (tmp_path / "b.parquet").read_bytes() == BODY
+    assert (tmp_path / "b.parquet").read_bytes() == server.body
     server.sha256 = "0" * 64
-    with pytest.raises(DataError, match=f"sha256 {hashlib.sha256(BODY).hexdigest()[:12]}, 000000000000 expected"):
+    with pytest.raises(
+        DataError, match=rf"sha256 {hashlib.sha256(server.body).hexdigest()[:12]}, 000000000000 expected"
+    ):
         download(f"{server.url}/c.parquet", tmp_path / "c.parquet", slept.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet"]
 
@@ -183,7 +119,7 @@ def test_download_all_fetches_what_is_missing(server, tmp_path):
 
 def test_download_all_ends_with_the_first_failure(server, tmp_path):
     server.errors = [404] * 20
-    with pytest.raises(DataError, match="HTTP 404"):
+    with pytest.raises(DataError, match=r"HTTP 404"):
         download_all(server.url, [f"{i}.parquet" for i in range(20)], tmp_path, lambda line: None, workers=1)
     assert len(server.seen) < 20
 
@@ -195,9 +131,9 @@ def test_the_first_heldout_shard_comes_along():
     assert heldout_place("shard_00039.parquet") < 0.02
     assert choose_shards(climbmix, 3, 0.02)[3:] == ["shard_00039.parquet"]
     assert len(choose_shards(climbmix, 50, 0.02)) == 50
-    with pytest.raises(ConfigError, match="--shards = 6544: the data set has 6543; choose from 1 to that"):
+    with pytest.raises(ConfigError, match=r"--shards = 6544: the data set has 6543; choose from 1 to that"):
         choose_shards(climbmix, 6544, 0.0)
-    with pytest.raises(ConfigError, match="--shards = 0"):
+    with pytest.raises(ConfigError, match=r"--shards = 0"):
         choose_shards(DATASETS["fineweb-edu"], 0, 0.0)
 
 

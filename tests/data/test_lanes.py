@@ -37,7 +37,7 @@ def test_every_document_once_an_epoch_over_all_lanes(write_jsonl, write_texts, b
     feed = Feed(source, plan(rows=5), {lane: Position() for lane in range(5)})
     assert feed.by_document == by_document
     lanes = [one_epoch(feed, lane) for lane in (3, 0, 4, 1, 2)]
-    assert Counter(sum(lanes, [])) == Counter(texts)
+    assert Counter(text for lane in lanes for text in lane) == Counter(texts)
     assert sorted(map(len, lanes)) == [4, 4, 5, 5, 5]
 
 
@@ -74,7 +74,8 @@ def test_each_lane_goes_to_its_next_epoch_alone(write_texts):
 def test_fewer_documents_than_rows(write_jsonl, byte_tokenizer):
     source = opened(write_jsonl(["a", "b", "", "c"]))
     with pytest.raises(
-        DataError, match=r"data.sources.0: 3 documents are too few for the 4 rows .* set .*batch_size to 3 or less"
+        DataError,
+        match=r"data.sources.0: 3 documents are too few for the 4 rows .* set .*batch_size to 3 or less",
     ):
         Lanes([source], plan(rows=4), byte_tokenizer, {0: LaneState()})
     assert Lanes([source], plan(rows=3), byte_tokenizer, {0: LaneState()}).next_rows()
@@ -125,11 +126,14 @@ def test_lanes_go_on_from_their_state_as_json(write_jsonl, write_texts, byte_tok
         for _ in range(17):
             lanes.next_rows()
         states = {
-            r: LaneState.from_json(json.loads(json.dumps(state.to_json()))) for r, state in lanes.state().items()
+            r: LaneState.from_json(json.loads(json.dumps(state.to_json())))
+            for r, state in lanes.state().items()
         }
         expected = [[[p.tolist() for p in row.pieces] for row in lanes.next_rows()] for _ in range(50)]
         again = Lanes(sources, plan(3, packing=packing), byte_tokenizer, states)
-        assert [[[p.tolist() for p in row.pieces] for row in again.next_rows()] for _ in range(50)] == expected
+        assert [
+            [[p.tolist() for p in row.pieces] for row in again.next_rows()] for _ in range(50)
+        ] == expected
 
 
 def test_packed_tokens_make_the_rows_that_their_text_makes(tmp_path, write_jsonl, byte_tokenizer):

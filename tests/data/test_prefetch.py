@@ -41,7 +41,7 @@ def test_an_exception_comes_in_its_turn_and_again(ahead):
     steps = Prefetcher(failing_at(3), ahead)
     assert [steps.next() for _ in range(3)] == [0, 1, 2]
     for _ in range(2):
-        with pytest.raises(DataError, match="^row 3 is broken$"):
+        with pytest.raises(DataError, match=r"^row 3 is broken$"):
             steps.next()
     steps.close()
 
@@ -62,14 +62,14 @@ def test_close_ends_the_thread_and_may_be_called_twice():
     steps.close()
     steps.close()
     assert threading.active_count() == before
-    with pytest.raises(RuntimeError, match="the loader is closed"):
+    with pytest.raises(RuntimeError, match=r"the loader is closed"):
         steps.next()
 
 
 def test_a_closed_one_without_a_thread_gives_nothing():
     steps = Prefetcher(itertools.count().__next__, 0)
     steps.close()
-    with pytest.raises(RuntimeError, match="the loader is closed"):
+    with pytest.raises(RuntimeError, match=r"the loader is closed"):
         steps.next()
 
 

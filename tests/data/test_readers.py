@@ -52,10 +52,20 @@ def test_jsonl_is_entered_at_any_block_and_no_line_is_lost(tmp_path, monkeypatch
     assert texts(source) == [f"{i}" + "x" * n for i, n in enumerate(lengths)]
 
 
-def test_jsonl_line_that_ends_exactly_with_its_block(tmp_path, monkeypatch):
+def test_jsonl_lines_that_begin_anywhere_around_the_end_of_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "JSONL_BLOCK_BYTES", 32)
+    for length in range(40):
+        (tmp_path / "a.jsonl").write_text(
+            f'{{"text": "{"1" * length}2"}}\n{{"text": "3"}}\n{{"text": "4"}}\n'
+        )
+        assert texts(opened("jsonl", tmp_path)) == ["1" * length + "2", "3", "4"]
+
+
+def test_a_line_longer_than_many_blocks_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "JSONL_BLOCK_BYTES", 16)
-    (tmp_path / "a.jsonl").write_text('{"text": "1234"}\n{"text": "123"}\n{"text": "12"}\n')
-    assert texts(opened("jsonl", tmp_path)) == ["1234", "123", "12"]
+    for length in range(60, 110):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": "0"}}\n{{"text": "{"1" * length}"}}\n{{"text": "2"}}\n')
+        assert texts(opened("jsonl", tmp_path)) == ["0", "1" * length, "2"]
 
 
 def test_jsonl_gz_blank_lines_empty_texts_and_lone_surrogates(tmp_path):
@@ -82,14 +92,14 @@ def test_jsonl_gz_blank_lines_empty_texts_and_lone_surrogates(tmp_path):
 def test_a_wrong_line_is_named_with_file_and_number(tmp_path, line, message, name):
     raw = f'{{"text": "a"}}\n\n{line}\n'.encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    with pytest.raises(DataError, match=f"{name} {message}"):
+    with pytest.raises(DataError, match=rf"{name} {message}"):
         texts(opened("jsonl", tmp_path))
 
 
 def test_the_number_of_a_wrong_line_counts_from_the_file_not_the_block(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "JSONL_BLOCK_BYTES", 32)
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n' * 9 + "oops\n")
-    with pytest.raises(DataError, match="a.jsonl line 10: not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl line 10: not JSON"):
         texts(opened("jsonl", tmp_path))
 
 
@@ -97,7 +107,7 @@ def test_the_number_of_a_wrong_line_counts_from_the_file_not_the_block(tmp_path,
 def test_broken_gzip(tmp_path, damage):
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20] if damage == "cut" else b"no gzip")
-    with pytest.raises(DataError, match="a.jsonl.gz: broken gzip: .*; download it again, or remove it"):
+    with pytest.raises(DataError, match=r"a.jsonl.gz: broken gzip: .*; download it again, or remove it"):
         texts(opened("jsonl", tmp_path))
 
 
@@ -118,28 +128,30 @@ def test_parquet_dictionaries_and_large_strings_are_text(tmp_path):
 
 def test_parquet_errors_at_the_start(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", ["x"], column="body")
-    with pytest.raises(DataError, match="a.parquet: no column 'text', only id, body; set the source's column"):
+    with pytest.raises(
+        DataError, match=r"a.parquet: no column 'text', only id, body; set the source's column"
+    ):
         opened("parquet", tmp_path)
-    with pytest.raises(DataError, match="a.parquet: column 'id' holds int64; set the source's column"):
+    with pytest.raises(DataError, match=r"a.parquet: column 'id' holds int64; set the source's column"):
         opened("parquet", tmp_path, column="id")
     file.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(DataError, match="a.parquet: not a readable parquet file: .*; download it again"):
+    with pytest.raises(DataError, match=r"a.parquet: not a readable parquet file: .*; download it again"):
         opened("parquet", tmp_path)
     write_parquet(file, pa.array([], pa.string()))
-    with pytest.raises(DataError, match="a.parquet: a parquet file without rows; remove it"):
+    with pytest.raises(DataError, match=r"a.parquet: a parquet file without rows; remove it"):
         opened("parquet", tmp_path)
 
 
 def test_parquet_null_is_named_with_its_row(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x", "y", "z", "w", None], 2)
-    with pytest.raises(DataError, match="a.parquet row 4: 'text' is null, not text; remove the row"):
+    with pytest.raises(DataError, match=r"a.parquet row 4: 'text' is null, not text; remove the row"):
         texts(opened("parquet", tmp_path))
 
 
 def test_parquet_text_that_is_no_utf8(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
     write_parquet(tmp_path / "a.parquet", broken)
-    with pytest.raises(DataError, match="a.parquet within 1024 rows from 0: 'text' is no UTF-8"):
+    with pytest.raises(DataError, match=r"a.parquet within 1024 rows from 0: 'text' is no UTF-8"):
         texts(opened("parquet", tmp_path))
 
 
@@ -151,7 +163,7 @@ def test_parquet_with_a_damaged_row_group(tmp_path):
     file.write_bytes(raw)
     source = opened("parquet", tmp_path)
     assert len(list(source.documents(1))) == 1000
-    with pytest.raises(DataError, match="a.parquet row group 2: .*; download the file again, or remove it"):
+    with pytest.raises(DataError, match=r"a.parquet row group 2: .*; download the file again, or remove it"):
         list(source.documents(2))
 
 
@@ -166,14 +178,14 @@ def test_parquet_checksums_are_verified(tmp_path):
         write_page_checksum=True,
     )
     file.write_bytes(file.read_bytes().replace(b"0" * 47 + b"123", b"0" * 47 + b"923"))
-    with pytest.raises(DataError, match="a.parquet row group 0: .*CRC"):
+    with pytest.raises(DataError, match=r"a.parquet row group 0: .*CRC"):
         texts(opened("parquet", tmp_path))
 
 
 def test_empty_and_binary_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(DataError, match="a.txt: empty file; remove it"):
+    with pytest.raises(DataError, match=r"a.txt: empty file; remove it"):
         opened("text", tmp_path)
     (tmp_path / "a.txt").write_bytes(b"a\0b")
-    with pytest.raises(DataError, match="a.txt: holds NUL bytes, so it is no text; move it"):
+    with pytest.raises(DataError, match=r"a.txt: holds NUL bytes, so it is no text; move it"):
         texts(opened("text", tmp_path))

@@ -32,7 +32,9 @@ def test_the_file_is_what_the_format_says(tmp_path, vocab_size, dtype):
 
 
 def test_as_a_source_without_empty_documents(tmp_path):
-    shards.write_shard(tmp_path / "a.safetensors", [np.array([1, 2]), np.array([], int), np.array([3])], "h", 9)
+    shards.write_shard(
+        tmp_path / "a.safetensors", [np.array([1, 2]), np.array([], int), np.array([3])], "h", 9
+    )
     source = open_source(Source(kind="tokens", path=str(tmp_path)), "data.sources.0", "train", "h")
     assert [d.tolist() for d in source.documents(0)] == [[1, 2], [3]]
 
@@ -41,11 +43,17 @@ def test_refuses_the_shards_of_another_tokenizer_and_other_files(tmp_path):
     path = tmp_path / "a.safetensors"
     shards.write_shard(path, [np.array([1])], "f00ba4" * 8, 9)
     source = Source(kind="tokens", path=str(tmp_path))
-    with pytest.raises(DataError, match="packed with tokenizer f00ba4f00ba4, the job's is 0123; set tokenizer.path"):
+    with pytest.raises(
+        DataError, match=r"packed with tokenizer f00ba4f00ba4, the job's is 0123; set tokenizer.path"
+    ):
         open_source(source, "data.sources.0", "train", "0123")
     save_file({"w": np.zeros(2)}, path)
-    with pytest.raises(DataError, match="no token shard: its format is None, not 'nanovl-tokens-1'; name a folder"):
+    with pytest.raises(
+        DataError, match=r"no token shard: its format is None, not 'nanovl-tokens-1'; name a folder"
+    ):
         open_source(source, "data.sources.0", "train", "0123")
     path.write_bytes(b"x" * 20)
-    with pytest.raises(DataError, match="not a readable token shard: .*; write it again with nanovl data pack"):
+    with pytest.raises(
+        DataError, match=r"not a readable token shard: .*; write it again with nanovl data pack"
+    ):
         open_source(source, "data.sources.0", "train", "0123")

@@ -35,7 +35,9 @@ def test_files_are_held_out_by_the_hash_of_their_name_alone(tmp_path, write_text
 @pytest.mark.parametrize("split", ["heldout", "train"])
 def test_an_empty_split_says_which_holdout_fills_it(write_texts, split):
     source = write_texts(["x"] * 3, holdout=0.0001 if split == "heldout" else 0.9999)
-    with pytest.raises(DataError, match=r"none of its 3 files is left for .*; set it to (\d\.\d+), which") as error:
+    with pytest.raises(
+        DataError, match=r"none of its 3 files is left for .*; set it to (\d\.\d+), which"
+    ) as error:
         open_source(source, KEY, split)
     suggested = float(str(error.value).split("set it to ")[1].split(",")[0])
     source.holdout = suggested
@@ -57,39 +59,51 @@ def test_stdlib_is_pythons_own_library():
 
 
 def test_stdlib_takes_no_path():
-    with pytest.raises(ConfigError, match=r"data.sources.0.path = 'x': kind \"stdlib\" reads .*; leave path out"):
+    with pytest.raises(
+        ConfigError, match=r"data.sources.0.path = 'x': kind \"stdlib\" reads .*; leave path out"
+    ):
         open_source(Source(kind="stdlib", path="x"), KEY, "all")
 
 
 def test_a_python_without_its_sources(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(DataError, match="this Python comes without its library's sources; name text of your own"):
+    with pytest.raises(
+        DataError, match=r"this Python comes without its library's sources; name text of your own"
+    ):
         open_source(Source(kind="stdlib"), KEY, "all")
 
 
 def test_a_path_that_is_not_there_or_has_no_file_of_the_kind(tmp_path):
-    with pytest.raises(DataError, match=r"data.sources.0.path = 'nowhere': no such file or folder \(looked in /"):
+    with pytest.raises(
+        DataError, match=r"data.sources.0.path = 'nowhere': no such file or folder \(looked in /"
+    ):
         open_source(Source(kind="text", path="nowhere"), KEY, "all")
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError, match=r"no \*.jsonl or \*.jsonl.gz below this folder; set path or kind"):
         open_source(Source(kind="jsonl", path=str(tmp_path)), KEY, "all")
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match="a.jsonl: No such file or directory; mend or remove it"):
+    with pytest.raises(DataError, match=r"a.jsonl: No such file or directory; mend or remove it"):
         open_source(Source(kind="jsonl", path=str(tmp_path)), KEY, "all")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.unlink(), "No such file or directory; it could be read when the run started: put it back"),
-        (lambda path: path.write_text("longer"), "6 bytes, but 1 when the run started; put the file back as it was"),
+        (
+            lambda path: path.unlink(),
+            "No such file or directory; it could be read when the run started: put it back",
+        ),
+        (
+            lambda path: path.write_text("longer"),
+            "6 bytes, but 1 when the run started; put the file back as it was",
+        ),
     ],
 )
 def test_a_file_that_vanishes_or_changes_during_a_run(tmp_path, write_texts, change, message):
     source = open_source(write_texts(["a", "b"]), KEY, "all")
     change(tmp_path / "texts" / "001.txt")
     assert list(source.documents(0)) == ["a"]
-    with pytest.raises(DataError, match=f"001.txt: {message}"):
+    with pytest.raises(DataError, match=rf"001.txt: {message}"):
         list(source.documents(1))
 
 
@@ -101,7 +115,7 @@ def test_a_file_that_cannot_be_read(tmp_path, write_texts, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything, so a mode would prove nothing
-    with pytest.raises(DataError, match="000.txt: Permission denied"):
+    with pytest.raises(DataError, match=r"000.txt: Permission denied"):
         list(source.documents(0))
 
 
