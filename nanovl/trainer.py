@@ -254,7 +254,7 @@ class Trainer:
             self.warned_of_cropping = True
             self.log.warn(
                 f"data: {100 * record['data/cropped']:.0f}% of the tokens read are cropped away, documents are much "
-                'longer than rows of training.seq_len; data.packing = "concat" keeps them'
+                'longer than rows of training.seq_len; data.overflow = "split" keeps them'
             )
         self.metrics.write(record)
         self.log.say(step_line(record, self.job.training.steps, rates["eta"]))
@@ -280,7 +280,7 @@ class Trainer:
                 limit,
                 self.mesh.data_rank,
                 self.mesh.data_degree,
-                settings.local_batch_size or self.job.training.local_batch_size,
+                settings.local_batch_size or self.job.training.local_batch_size or 8,
             )
         batches, text = self.heldout[limit]
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).long()

@@ -28,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty small real text files: modules of Python's own library."""
     folder = tmp_path_factory.mktemp("corpus")
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda p: (p.stat().st_size, p.name))
+    modules = sorted(
+        Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda p: (p.stat().st_size, p.name)
+    )
     for module in [m for m in modules if 2_000 < m.stat().st_size < 20_000][:40]:
         (folder / f"{module.stem}.txt").write_bytes(module.read_bytes())
     return folder
@@ -41,7 +43,9 @@ def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     texts = [p.read_text(errors="replace") for p in sorted(corpus.iterdir())]
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(texts, 512, trainer="rustbpe", max_characters=10**7, document_characters=10**5).save(folder)
+    train_tokenizer(texts, 512, trainer="rustbpe", max_characters=10**7, document_characters=10**5).save(
+        folder
+    )
     return folder
 
 

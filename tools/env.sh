@@ -25,6 +25,7 @@ nanovl_environment() {
     local venv="$ROOT/.venv" stamp
     PYTHON="$venv/bin/python"
     stamp="$venv/.ready-$extras-$(cksum <"$ROOT/pyproject.toml" | cut -d' ' -f1)"
+    export PATH="$venv/bin:$PATH" # so that what is started from here finds it as the active environment
     [ -f "$stamp" ] && return
     for candidate in "${NANOVL_PYTHON:-python3}" python3.13 python3.12 python3.11; do
         command -v "$candidate" >/dev/null && nanovl_has_everything "$candidate" venv && break

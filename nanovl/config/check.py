@@ -32,7 +32,6 @@ def _bounds(job: Job) -> list[str]:
     """Numbers that must be positive, or not negative, and fractions that must be in [0, 1]."""
     positive = [
         ("training.seq_len", job.training.seq_len),
-        ("training.local_batch_size", job.training.local_batch_size),
         ("training.tokens_per_parameter", job.training.tokens_per_parameter),
         ("metrics.log_freq", job.metrics.log_freq),
         ("data.buffer_documents", job.data.buffer_documents),
@@ -48,6 +47,7 @@ def _bounds(job: Job) -> list[str]:
     not_negative = [
         ("training.steps", job.training.steps),
         ("training.global_batch_size", job.training.global_batch_size),
+        ("training.local_batch_size", job.training.local_batch_size),
         ("training.max_norm", job.training.max_norm),
         ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
         ("training.gc_freq", job.training.gc_freq),
@@ -77,6 +77,7 @@ def _bounds(job: Job) -> list[str]:
         ("optimizer.muon.momentum_start", job.optimizer.muon.momentum_start),
         ("optimizer.muon.momentum_end", job.optimizer.muon.momentum_end),
         *((f"data.sources.{i}.holdout", s.holdout) for i, s in enumerate(job.data.sources)),
+        *((f"validation.sources.{i}.holdout", s.holdout) for i, s in enumerate(job.validation.sources)),
     ]
     return [
         *(f"{key} = {value}: wants a number above 0" for key, value in positive if value <= 0),
@@ -126,13 +127,19 @@ def _nearest_divisors(number: int, of: int) -> str:
 def _batch(job: Job, world_size: int) -> list[str]:
     rows, local = job.training.global_batch_size, job.training.local_batch_size
     dp = data_parallel_degree(job, world_size)
-    if rows <= 0 or local <= 0 or rows % (unit := dp * local) == 0:
+    if rows == 0 and local == 0 and job.optimizer.scaling == "none":
+        return ["training.global_batch_size and training.local_batch_size are both 0; set one"]
+    if rows <= 0 or local < 0 or rows % (unit := dp * max(local, 1)) == 0:
         return []
     low, high = rows // unit * unit, -(-rows // unit) * unit
     near = f"{low} or {high}" if low else f"{high}"
     return [
-        f"training.global_batch_size = {rows} is not a multiple of {dp} ranks x {local} rows = {unit}; "
-        f"use {near}, or set training.local_batch_size"
+        f"training.global_batch_size = {rows} is not a multiple of {dp} ranks"
+        + (
+            f" x {local} rows = {unit}; use {near}, or set training.local_batch_size"
+            if local
+            else f"; use {near}"
+        )
     ]
 
 
@@ -156,6 +163,14 @@ def _sources(job: Job) -> list[str]:
     for key, source in named:
         if source.kind != "stdlib" and not source.path:
             mistakes.append(f'{key}.path: empty; name the file or folder of kind "{source.kind}"')
+        if source.kind == "stdlib" and source.path:
+            mistakes.append(
+                f'{key}.path = {source.path!r}: kind "stdlib" needs none; leave it out, or name another kind'
+            )
+        if source.kind == "tokens" and (key.startswith("validation") or source.holdout):
+            mistakes.append(
+                f'{key}: kind "tokens" holds no text to count bytes of; validate on its text files'
+            )
         if source.weight <= 0:
             mistakes.append(f"{key}.weight = {source.weight}: wants a number above 0")
     validates = job.validation.freq > 0

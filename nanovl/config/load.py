@@ -102,7 +102,7 @@ def json_schema() -> dict[str, Any]:
     model = schema["$defs"]["Model"]
     del model["properties"]["overrides"]
     model["additionalProperties"] = True
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "nanovl job", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "nanovl job"}
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:

@@ -53,7 +53,8 @@ class Source:
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
     holdout: float = 0.0
-    """Fraction of files kept for validation, chosen by a hash of the relative path: never by what else is on disk."""
+    """Fraction of files kept for validation, chosen by a hash of the relative path: never by what else is on disk. In
+    `validation.sources`: above 0 reads only those, 0 reads every file."""
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,9 @@ class Data:
     packing: Literal["best_fit", "concat"] = "best_fit"
     """`best_fit`: every row starts with a document and holds whole ones where they fit; `concat`: one stream, cut
     every row."""
-    overflow: Literal["crop", "pad"] = "crop"
-    """What fills the end of a best-fit row: another document's beginning (`crop`) or padding without loss (`pad`)."""
+    overflow: Literal["crop", "pad", "split"] = "crop"
+    """What fills the end of a best-fit row: another document's beginning, its rest thrown away (`crop`) or kept for a
+    later row (`split`); or padding without loss (`pad`)."""
     buffer_documents: int = 64
     """Documents each lane holds to choose from in best-fit packing."""
     cross_document_attention: bool = False
@@ -84,7 +86,7 @@ class Training:
     seq_len: int = 2048
     """Tokens a row."""
     local_batch_size: int = 8
-    """Rows a rank computes at once; the rest of the global batch is gradient accumulation."""
+    """Rows a rank computes at once, the rest of its share being gradient accumulation; 0 = all of its rows."""
     global_batch_size: int = 0
     """Rows an optimizer step; 0 = chosen by `optimizer.scaling`, or one local batch a rank."""
     max_norm: float = 1.0
@@ -227,7 +229,7 @@ class Validation:
     final_max_bytes: int = 10_000_000
     """Bytes of held-out text the evaluation at the end reads; 0 = all."""
     local_batch_size: int = 0
-    """Rows at once; 0 = `training.local_batch_size`."""
+    """Rows at once; 0 = `training.local_batch_size`, or 8 where that is 0 too."""
     sources: list[Source] = field(default_factory=list)
     """Held-out text; empty = the held-out files of `data.sources`."""
 

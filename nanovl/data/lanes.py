@@ -50,7 +50,7 @@ class Plan:
     shuffle: bool
     seq_len: int
     packing: Literal["best_fit", "concat"]
-    overflow: Literal["crop", "pad"]
+    overflow: Literal["crop", "pad", "split"]
     buffer_documents: int
 
 
@@ -168,7 +168,8 @@ class Lanes:
         self.weights = [source.settings.weight for source in sources]
         self.bos = np.array([tokenizer.bos_id], dtype=np.int32)
         # what a packer can use of a document at most: the rest must not count as the source's share
-        self.usable = plan.seq_len + 1 if plan.packing == "best_fit" else None
+        loses_ends = plan.packing == "best_fit" and plan.overflow != "split"
+        self.usable = plan.seq_len + 1 if loses_ends else None
         self.lanes = {
             r: _Lane(
                 list(state.tokens) or [0] * len(sources),
@@ -207,7 +208,8 @@ class Lanes:
 
         if plan.packing == "concat":
             return concat_row(lane.waiting, pull, plan.seq_len + 1)
-        return best_fit_row(lane.waiting, pull, plan.seq_len + 1, plan.buffer_documents, plan.overflow)
+        slots, buffer = plan.seq_len + 1, plan.buffer_documents
+        return best_fit_row(lane.waiting, pull, slots, buffer, plan.overflow, self.bos)
 
     def _document(self, r: int, lane: _Lane) -> Tokens:
         """The lane's next document: from the source that is furthest behind its share of the tokens."""

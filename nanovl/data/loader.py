@@ -47,7 +47,7 @@ class Loader:
         self.job, self.tokenizer, self.rank = job, tokenizer, rank
         rows = global_rows or job.training.global_batch_size
         local = job.training.local_batch_size
-        if rows <= 0 or rows % (degree * local):
+        if rows <= 0 or rows % (degree * max(1, local)):
             raise ConfigError(
                 f"training.global_batch_size = {rows} is no multiple of {degree} data ranks x {local} rows = "
                 f"{degree * local}; use one, or set training.local_batch_size"
@@ -232,7 +232,7 @@ def _make_step(lanes: Lanes, job: Job, pad_token: int) -> _Step:
     rows: list[Row] = lanes.next_rows()
     training, cross = job.training, job.data.cross_document_attention
     pieces = [row.pieces for row in rows]
-    batches = _batches(pieces, training.seq_len, pad_token, training.local_batch_size, cross)
+    batches = _batches(pieces, training.seq_len, pad_token, training.local_batch_size or len(rows), cross)
     documents, cropped = sum(row.documents for row in rows), sum(row.cropped for row in rows)
     return _Step(batches, lanes.state(), documents, cropped, time.perf_counter() - began)
 

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
     pieces: list[Tokens]
     documents: int
-    """Documents that begin here."""
+    """Documents read to fill it."""
     cropped: int
     """Tokens thrown away."""
 
@@ -38,34 +38,45 @@ def best_fit_row(
     pull: Callable[[], Tokens],
     slots: int,
     buffer_documents: int,
-    overflow: Literal["crop", "pad"],
+    overflow: Literal["crop", "pad", "split"],
+    bos: Tokens,
 ) -> Row:
     """Take a row out of `waiting`, which is sorted by length and filled up to `buffer_documents` from `pull`.
 
-    Every pick costs O(log n) comparisons. A document longer than the row loses its end when it comes in, so
-    it never clogs the buffer. Where nothing fits, the shortest document is cropped to fill the row and its
-    rest is thrown away (`crop`), or the row stays short (`pad`). Of equal lengths the one that waited longest
-    goes first.
+    Every pick costs O(log n) comparisons. Where nothing fits, the shortest document fills the row and its rest
+    is thrown away (`crop`) or waits on, behind a `bos` of its own (`split`), or the row stays short (`pad`).
+    A document longer than the row so fills one; except with `split` its end is lost already when it comes in,
+    so that it never clogs the buffer. Of equal lengths, and of all that fill a row, the one that waited
+    longest goes first: with `split`, long documents take turns.
     """
+
+    def length(document: Tokens) -> int:
+        return min(len(document), slots)
+
     pieces: list[Tokens] = []
-    left, cropped = slots, 0
+    left, documents, cropped = slots, 0, 0
     while left > 0:
         while len(waiting) < buffer_documents:
             document = pull()
-            if len(document) > slots:
+            documents += 1
+            if len(document) > slots and overflow != "split":
                 cropped += len(document) - slots
                 document = document[:slots].copy()  # a view would keep the whole document in memory
-            insort(waiting, document, key=len)
-        fits = bisect_right(waiting, left, key=len)
+            insort(waiting, document, key=length)
+        fits = bisect_right(waiting, left, key=length)
         if fits == 0 and overflow == "pad":
             break
         # with nothing that fits, the shortest stands first
-        pick = bisect_left(waiting, len(waiting[fits - 1]), key=len) if fits else 0
+        pick = bisect_left(waiting, length(waiting[fits - 1]), key=length) if fits else 0
         document = waiting.pop(pick)
-        pieces.append(document[:left])
-        cropped += max(0, len(document) - left)
-        left -= len(pieces[-1])
-    return Row(pieces, len(pieces), cropped)
+        piece, rest = document[:left], document[left:]
+        pieces.append(piece)
+        left -= len(piece)
+        if len(rest) and overflow == "split":
+            insort(waiting, np.concatenate((bos, rest)), key=length)
+        else:
+            cropped += len(rest)
+    return Row(pieces, documents, cropped)
 
 
 def concat_row(rest: list[Tokens], pull: Callable[[], Tokens | None], slots: int) -> Row:

@@ -37,6 +37,12 @@ def test_a_plain_job_has_no_mistakes() -> None:
             "use 4, or set training.local_batch_size",
         ),
         (
+            {"training": {"global_batch_size": 10, "local_batch_size": 0}},
+            4,
+            "training.global_batch_size = 10 is not a multiple of 4 ranks; use 8 or 12",
+        ),
+        ({"training": {"local_batch_size": 0}}, 1, "training.local_batch_size are both 0; set one"),
+        (
             {"parallelism": {"data_parallel_replicate_degree": 3}},
             8,
             "parallelism.data_parallel_replicate_degree = 3 does not divide the 8 ranks; use 2 or 4",
@@ -63,6 +69,16 @@ def test_a_plain_job_has_no_mistakes() -> None:
             {"data": {"sources": [Source(kind="stdlib", weight=0.0)]}},
             1,
             "data.sources.0.weight = 0.0: wants a number above 0",
+        ),
+        (
+            {"data": {"sources": [Source(kind="stdlib", path="x")]}},
+            1,
+            'kind "stdlib" needs none; leave it out',
+        ),
+        (
+            {"validation": {"sources": [Source(kind="tokens", path="x")]}},
+            1,
+            'kind "tokens" holds no text to count',
         ),
         ({"data": {"sources": [Source(kind="stdlib")]}}, 1, "validation.freq: there is no held-out text"),
         (

@@ -217,8 +217,8 @@ def test_stats_by_hand(make_job, write_jsonl, byte_tokenizer):
     loader = Loader(job, byte_tokenizer, rank=0, degree=1)
     loader.next_step()
     stats = loader.stats()
-    # 5 + 5 + 2, and 3 cropped, in each of two rows: 11 targets
-    assert (stats["documents"], stats["tokens"], stats["utilisation"]) == (6, 22, 1.0)
+    # 5 + 5 + 2, and 3 cropped, in each of two rows: 11 targets; 2 documents wait at first, one comes for each taken
+    assert (stats["documents"], stats["tokens"], stats["utilisation"]) == (8, 22, 1.0)
     assert stats["cropped"] == 6 / 28
     assert stats["wait_seconds"] > 0
     assert stats["tokens_per_second"] > 0
@@ -229,7 +229,7 @@ def test_stats_by_hand(make_job, write_jsonl, byte_tokenizer):
     stats = loader.stats()
     # 5 + 5 slots, 9 targets of 11
     assert (stats["documents"], stats["tokens"], stats["utilisation"], stats["cropped"]) == (
-        4,
+        8,
         18,
         18 / 22,
         0,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nanovl.data.pack import Tokens, best_fit_row, concat_row, row_arrays
 from nanovl.spec import IGNORE_INDEX
 
+BOS = np.array([-1], dtype=np.int32)
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
@@ -24,43 +25,75 @@ def puller(given: list[Tokens]) -> Callable[[], Tokens]:
 
 def test_best_fit_takes_the_largest_that_fits():
     pull, waiting = puller(documents(6, 5, 3, 4, 9, 2, 2, 2)), []
-    row = best_fit_row(waiting, pull, 10, 4, "crop")
+    row = best_fit_row(waiting, pull, 10, 4, "crop", BOS)
     # of 6 5 3 4 the 6; 4 slots are left, 9 has come in: of 3 4 5 9 the 4
     assert [p.tolist() for p in row.pieces] == [[0, 1, 2, 3, 4, 5], [300, 301, 302, 303]]
     assert [len(d) for d in waiting] == [3, 5, 9]
-    assert (row.documents, row.cropped) == (2, 0)
+    assert (row.documents, row.cropped) == (5, 0)
 
 
 def test_best_fit_crops_the_shortest_where_nothing_fits():
     pull, waiting = puller(documents(7, 8, 6, 9, 9)), []
-    row = best_fit_row(waiting, pull, 10, 3, "crop")
+    row = best_fit_row(waiting, pull, 10, 3, "crop", BOS)
     # 8 fits; 2 slots are left, and of 6 7 9 the 6 loses 4 tokens
     assert [p.tolist() for p in row.pieces] == [[100, 101, 102, 103, 104, 105, 106, 107], [200, 201]]
-    assert (row.documents, row.cropped) == (2, 4)
+    assert (row.documents, row.cropped) == (4, 4)
     assert [len(d) for d in waiting] == [7, 9]
 
 
 def test_best_fit_pads_where_nothing_fits():
     pull, waiting = puller(documents(7, 8, 6, 9)), []
-    row = best_fit_row(waiting, pull, 10, 3, "pad")
+    row = best_fit_row(waiting, pull, 10, 3, "pad", BOS)
     assert [len(p) for p in row.pieces] == [8]
     assert [len(d) for d in waiting] == [6, 7, 9]
-    assert (row.documents, row.cropped) == (1, 0)
+    assert (row.documents, row.cropped) == (4, 0)
 
 
 @pytest.mark.parametrize("overflow", ["crop", "pad"])
 def test_a_document_longer_than_the_row_fills_one_and_does_not_clog(overflow):
     pull, waiting = puller(documents(25, 3, 24, 3, 3)), []
-    row = best_fit_row(waiting, pull, 10, 3, overflow)
+    row = best_fit_row(waiting, pull, 10, 3, overflow, BOS)
     assert [p.tolist() for p in row.pieces] == [list(range(10))]
     assert row.cropped == 15 + 14
     assert [len(d) for d in waiting] == [3, 10]
     assert waiting[1].base is None  # no view that keeps all of a long document in memory
 
 
+def test_split_keeps_the_rest_behind_a_bos_and_long_documents_take_turns():
+    pull, waiting = puller(documents(12, 9, 3, 2, 2, 2, 2, 2)), []
+    rows = [best_fit_row(waiting, pull, 5, 3, "split", BOS) for _ in range(4)]
+    found = [[p.tolist() for p in row.pieces] for row in rows]
+    # 12 and 9 both fill a row: the first that came, then the other, then the first's rest
+    assert found[0] == [[0, 1, 2, 3, 4]]
+    assert found[1] == [[100, 101, 102, 103, 104]]
+    assert found[2] == [[-1, 5, 6, 7, 8]]
+    assert found[3] == [[-1, 105, 106, 107, 108]]
+    assert sum(row.cropped for row in rows) == 0
+
+
+@given(LENGTHS, st.integers(3, 20), st.integers(1, 8))
+def test_split_loses_no_token_and_repeats_none(lengths, slots, buffer):
+    given_documents = documents(*lengths)
+    pull, waiting, taken = puller(given_documents), [], []
+    try:
+        while True:
+            row = best_fit_row(waiting, pull, slots, buffer, "split", BOS)
+            assert sum(map(len, row.pieces)) == slots
+            taken += [token for piece in row.pieces for token in piece.tolist() if token >= 0]
+    except StopIteration:
+        pass
+    left = [token for piece in waiting for token in piece.tolist() if token >= 0]
+    everything = np.concatenate(given_documents).tolist()
+    # pieces of the row under way when documents ran out are in neither list
+    assert not set(taken) & set(left)
+    assert set(taken) | set(left) <= set(everything)
+    assert len(taken) == len(set(taken))
+    assert len(everything) - len(taken) - len(left) < slots
+
+
 def test_of_equal_lengths_the_first_that_came_goes_first():
     pull, waiting = puller(documents(5, 5, 5, 5, 5, 5)), []
-    rows = [best_fit_row(waiting, pull, 5, 3, "crop") for _ in range(3)]
+    rows = [best_fit_row(waiting, pull, 5, 3, "crop", BOS) for _ in range(3)]
     assert [row.pieces[0][0] for row in rows] == [0, 100, 200]
 
 
@@ -166,7 +199,7 @@ def test_best_fit_equals_the_naive_search(lengths, slots, buffer, overflow):
     pull, waiting, rows = puller(documents(*lengths)), [], []
     try:
         while True:
-            rows.append(best_fit_row(waiting, pull, slots, buffer, overflow))
+            rows.append(best_fit_row(waiting, pull, slots, buffer, overflow, BOS))
     except StopIteration:
         pass
     found = [[(int(p[0]) // 100, len(p)) for p in row.pieces] for row in rows]
