@@ -167,7 +167,7 @@ def _sources(job: Job) -> list[str]:
             mistakes.append(
                 f'{key}.path = {source.path!r}: kind "stdlib" needs none; leave it out, or name another kind'
             )
-        if source.kind == "tokens" and (key.startswith("validation") or source.holdout):
+        if source.kind == "tokens" and key.startswith("validation"):
             mistakes.append(
                 f'{key}: kind "tokens" holds no text to count bytes of; validate on its text files'
             )

@@ -167,7 +167,8 @@ def test_bad_input_gets_one_clear_line(args: list[str], code: int, message: str)
 
 def test_help_is_fast_and_needs_no_torch() -> None:
     for args in ("['--help']", "['train', '--help']", "['config', '--help']", "['config', 'schema']"):
-        code = f"import sys; from nanovl.cli import main\ntry: main({args})\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+        run = f"try: main({args})\nexcept SystemExit: pass"
+        code = f"import sys; from nanovl.cli import main\n{run}\nsys.exit('torch' in sys.modules)"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
         )
