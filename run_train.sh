@@ -42,7 +42,7 @@ cd "$ROOT"
 train --config configs/quickstart.toml
 echo
 echo "The checkpoint, loaded by the engine:"
-"$PYTHON" -m nanovl generate runs/quickstart --prompt "import os" --prompt "def main(" --max-tokens 64
+"$PYTHON" -m nanovl generate runs/quickstart --prompt "import os" --prompt "def main(" --max-tokens 64 --temperature 0.8 --top-k 50
 echo
 echo "Report: runs/quickstart/report.md"
 echo "Next:   $([ "$PYTHON" = "$ROOT/.venv/bin/python" ] && echo "source .venv/bin/activate; ")nanovl chat runs/quickstart"

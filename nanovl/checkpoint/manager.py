@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -234,7 +235,11 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
         listed = "".join(f"\n  {line}" for line in wrong)
         raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
     try:
-        load_state(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # one process loads as one: meant
+            load_state(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:  # a BaseException: it carries what went wrong on every rank
         reasons = "; ".join(sorted({repr(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{checkpoint}/state: damaged: {reasons}; choose an earlier step") from error
