@@ -12,7 +12,7 @@ EOF
 }
 
 nanovl_environment() {
-    local extras=$1 candidate wanted="torch torchtitan triton torchdata tokenizers tiktoken rustbpe pyarrow
+    local extras=$1 candidate wanted="torch torchtitan triton tokenizers tiktoken rustbpe pyarrow
         safetensors pydantic tensorboard rich huggingface_hub matplotlib numpy"
     [ "$(uname -s)" = Linux ] || wanted=${wanted/triton/}
     [ "$extras" = dev ] && wanted="$wanted pytest pytest_timeout hypothesis jsonschema ruff mypy importlinter transformers"
