@@ -69,7 +69,7 @@ def show(argv: list[str]) -> int:
             out(f"  {line}")
     stats = loader.stats()
     out(
-        f"{stats['documents']:,.0f} documents begin in {batch_rows * -(-rows // batch_rows)} rows; "
+        f"{stats['documents']:,.0f} documents read to fill {batch_rows * -(-rows // batch_rows)} rows; "
         f"{100 * stats['utilisation']:.1f}% of the positions have a loss, "
         f"{100 * stats['cropped']:.1f}% of the tokens read were cropped"
     )

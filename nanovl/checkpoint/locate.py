@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def resolve_checkpoint(path: Path) -> Path | None:
     Raises CheckpointError where it is none of the three.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such folder")
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, 1)
+        raise CheckpointError(
+            f"{path}: no such folder" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     if (path / "meta.json").is_file():
         return path
     if is_hugging_face(path):

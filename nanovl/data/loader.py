@@ -114,7 +114,7 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Of the steps taken since the last call, on this rank.
 
-        Documents begun, tokens with loss, utilisation = their share of all positions, cropped = share of the
+        Documents read, tokens with loss, utilisation = their share of all positions, cropped = share of the
         tokens read, seconds spent waiting, tokens made a second of work; and the latest epoch that a lane has
         reached.
         """

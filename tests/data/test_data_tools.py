@@ -51,7 +51,7 @@ def test_show_prints_every_piece_with_its_place(config, tokenizer_folder, capsys
     ]
     assert re.fullmatch(r'  document 0, positions 0-63: "<\|bos\|>.*"', lines[1])
     assert re.fullmatch(
-        r"\d+ documents begin in 8 rows; 100.0% of the positions have a loss, \d+.\d% .* were cropped",
+        r"\d+ documents read to fill 8 rows; 100.0% of the positions have a loss, \d+.\d% .* were cropped",
         lines[-1],
     )
 
