@@ -44,7 +44,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(CheckpointError, match=r"quikstart: no such folder; did you mean .*/quickstart\?"):
         nanovl.load(tmp_path / "quikstart")
-    with pytest.raises(CheckpointError, match="nothing: no such folder$"):
+    with pytest.raises(CheckpointError, match=r"nothing: no such folder$"):
         nanovl.load(tmp_path / "nothing")
     with pytest.raises(
         CheckpointError, match="neither a run folder, nor a checkpoint, nor a Hugging Face directory"
