@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nanovl.models.blocks.attention import Attention, AttentionConfig, Attention
 from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
+from nanovl.spec import Model
 
 # B batch, T tokens, D model, V vocabulary
 
@@ -104,8 +105,8 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_pre_norm(x_BTD))
 
 
-class Decoder(nn.Module):
-    """Tokens -> logits; see nanovl.spec.Model for what each method promises."""
+class Decoder(Model):
+    """Tokens -> logits."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -121,26 +122,12 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Parameter, self.embed_tokens.weight)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        doc_ids_BT: Tensor | None = None,
-        *,
-        objective: Callable[[nn.Module, Tensor], Any] | None = None,
-    ) -> Any:
-        """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns."""
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
         meta = attention_meta(self, positions_BT, doc_ids_BT)
         x_BTD = self.embed_norm(self.embed_tokens(tokens_BT))
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, meta)
-        x_BTD = self.norm(x_BTD)
-        return self.lm_head(x_BTD) if objective is None else objective(self.lm_head, x_BTD)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers.values())
+        return self.norm(x_BTD)
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         if name.endswith("bias") or (
@@ -152,13 +139,8 @@ class Decoder(nn.Module):
         else:
             full.normal_(0.0, self.config.initializer_range, generator=generator)
 
-    def init_buffers(self, device: torch.device) -> None:
-        """There are none: rotation tables are made from the positions of each batch."""
-
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
-        return matmul_flops_per_token(self) + sum(
-            attention_flops(m.config, mean_keys) for m in self.modules() if isinstance(m, Attention)
-        )
+        return flops_per_token(self, mean_keys)
 
 
 def attention_meta(model: nn.Module, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionMeta:
@@ -166,6 +148,12 @@ def attention_meta(model: nn.Module, positions_BT: Tensor, doc_ids_BT: Tensor | 
     mixers = [m for m in model.modules() if isinstance(m, Attention)]
     ropes = [m.rope_key for m in mixers if m.rope_key is not None]
     return AttentionMeta.build(positions_BT, doc_ids_BT, [m.config.sliding_window for m in mixers], ropes)
+
+
+def flops_per_token(model: nn.Module, mean_keys: Callable[[int | None], float]) -> float:
+    """Forward FLOPs of one token: every weight that multiplies it, and its attention."""
+    attention = (attention_flops(m.config, mean_keys) for m in model.modules() if isinstance(m, Attention))
+    return matmul_flops_per_token(model) + sum(attention)
 
 
 def matmul_flops_per_token(model: nn.Module) -> float:

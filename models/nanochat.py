@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,8 @@ from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig
-from nanovl.models.decoder import attention_flops, attention_meta, matmul_flops_per_token
-from nanovl.spec import ModelFamily
+from nanovl.models.decoder import attention_meta, flops_per_token
+from nanovl.spec import Model, ModelFamily
 
 # B batch, T tokens, D model channels (head channels in q, k, v), H heads, K key/value heads, V vocabulary
 
@@ -209,8 +208,8 @@ class NanochatBlock(nn.Module):
         return x_BTD + self.ffn(self.norm(x_BTD))
 
 
-class Nanochat(nn.Module):
-    """Tokens -> logits; see nanovl.spec.Model for what each method promises."""
+class Nanochat(Model):
+    """Tokens -> logits."""
 
     def __init__(self, config: NanochatConfig) -> None:
         super().__init__()
@@ -230,17 +229,7 @@ class Nanochat(nn.Module):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        doc_ids_BT: Tensor | None = None,
-        *,
-        objective: Callable[[nn.Module, Tensor], Any] | None = None,
-    ) -> Any:
-        """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns."""
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
         meta = attention_meta(self, positions_BT, doc_ids_BT)
         x_BTD = self.norm(self.embed_tokens(tokens_BT))
         if self.config.smear:
@@ -255,11 +244,7 @@ class Nanochat(nn.Module):
                 middle_BTD = x_BTD
         if self.config.backout:
             x_BTD = x_BTD - self.backout_lambda * middle_BTD
-        x_BTD = self.norm(x_BTD)
-        return self.lm_head(x_BTD) if objective is None else objective(self.lm_head, x_BTD)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers.values())
+        return self.norm(x_BTD)
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         """Uniform matrices of deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
@@ -285,13 +270,8 @@ class Nanochat(nn.Module):
             std = {"embed_tokens": self.config.embedding_std, "lm_head": self.config.head_std}[leaf]
             full.normal_(0.0, std, generator=generator)
 
-    def init_buffers(self, device: torch.device) -> None:
-        """There are none: rotation tables are made from the positions of each batch."""
-
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
-        return matmul_flops_per_token(self) + sum(
-            attention_flops(m.config, mean_keys) for m in self.modules() if isinstance(m, Attention)
-        )
+        return flops_per_token(self, mean_keys)
 
 
 def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:

@@ -24,7 +24,7 @@ from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.registry import resolve_model
 from nanovl.run import Run
-from nanovl.spec import ModelSpec
+from nanovl.spec import Model, ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
 
@@ -81,14 +81,14 @@ def matrix_parameters(spec: ModelSpec) -> int:
     """Weights of the blocks' linear layers and of the head: what nanochat counts when it sizes a run."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)
-    linears = [m.weight for b in model.blocks() for m in b.modules() if isinstance(m, nn.Linear)]  # type: ignore[operator]
+    linears = [m.weight for b in model.blocks() for m in b.modules() if isinstance(m, nn.Linear)]
     heads = [m.weight for m in model.modules() if isinstance(m, Head)]
     return sum(w.numel() for w in linears + heads)
 
 
 def build_model(
     job: Job, spec: ModelSpec, mesh: Mesh, modes: Modes, device: torch.device, log: Log, *, fresh: bool
-) -> nn.Module:
+) -> Model:
     """The parallel model; `fresh` = with initial weights, from the seed or from `checkpoint.initial_load_path`."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)

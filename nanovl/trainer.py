@@ -248,7 +248,7 @@ class Trainer:
             per_second = rates["tokens_per_second"] / (peak * self.world.size)
             record["perf/mfu"] = self.flops / self.tokens * per_second
             seq_len = self.job.training.seq_len
-            dense = 3 * self.model.forward_flops_per_token(lambda window: min(window or seq_len, seq_len))  # type: ignore[operator]
+            dense = 3 * self.model.forward_flops_per_token(lambda window: min(window or seq_len, seq_len))
             record["perf/mfu_noncausal"] = dense * per_second
         if record["data/cropped"] > 0.5 and not self.warned_of_cropping:
             self.warned_of_cropping = True
@@ -266,7 +266,7 @@ class Trainer:
         def mean_keys(window: int | None) -> float:
             return (places if window is None else places.clamp(max=window)).double().mean().item()
 
-        return 3 * self.model.forward_flops_per_token(mean_keys) * tokens  # type: ignore[operator]
+        return 3 * self.model.forward_flops_per_token(mean_keys) * tokens
 
     def _validate(self, *, final: bool = False) -> dict[str, Any]:
         """Bits per byte on held-out text, logged; the same rows every time."""

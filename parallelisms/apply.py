@@ -7,7 +7,6 @@ so that its hooks stay outside of the compiled graphs.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from nanovl.config.schema import Job
 from nanovl.device import Modes
@@ -16,11 +15,12 @@ from nanovl.mesh import Mesh
 from nanovl.parallelisms.compile import apply_compile
 from nanovl.parallelisms.fsdp import apply_fsdp
 from nanovl.parallelisms.memory import apply_activation_checkpointing
+from nanovl.spec import Model
 
 
-def parallelize(model: nn.Module, job: Job, mesh: Mesh, modes: Modes, log: Log) -> None:
+def parallelize(model: Model, job: Job, mesh: Mesh, modes: Modes, log: Log) -> None:
     """Apply every parallelism the job asks for to a meta-device model, in place; each logs a count."""
-    blocks = len(model.blocks())  # type: ignore[operator]
+    blocks = len(model.blocks())
     applied = []
     recomputed = apply_activation_checkpointing(model, job.activation_checkpoint)
     if recomputed:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from nanovl.spec import Model
 
 
-def apply_compile(model: nn.Module, backend: str) -> int:
+def apply_compile(model: Model, backend: str) -> int:
     """Compile every block; returns how many."""
-    blocks = model.blocks()  # type: ignore[operator]
+    blocks = model.blocks()
     for block in blocks:
         block.compile(backend=backend, fullgraph=True)
     return len(blocks)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from nanovl.spec import Model
+
 
 def apply_fsdp(
-    model: nn.Module,
+    model: Model,
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
@@ -24,7 +25,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
+    blocks = model.blocks()
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # embedding, final norm and head are one unit, which is what tied embeddings need; it is used first and last

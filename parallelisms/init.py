@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
 
 from nanovl.mesh import copy_full
+from nanovl.spec import Model
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: Model, device: torch.device) -> None:
     """Give the parameters and buffers of a meta-device model memory on `device`; their values are still garbage."""
     model.to_empty(device=device)
-    model.init_buffers(device)  # type: ignore[operator]
+    model.init_buffers(device)
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: Model, seed: int) -> None:
     """Draw every parameter in full from a generator seeded by (seed, its name), keep this rank's part.
 
     DTensor's own random init depends on the mesh, and on a CPU mesh gives every shard the same values. This depends on
@@ -25,7 +25,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         full = torch.empty(parameter.shape, dtype=torch.float32)
-        model.init_parameter(name, full, named_generator(seed, name))  # type: ignore[operator]
+        model.init_parameter(name, full, named_generator(seed, name))
         copy_full(parameter, full)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanovl.config.schema import ActivationCheckpoint
+from nanovl.spec import Model
 
 
-def apply_activation_checkpointing(model: nn.Module, config: ActivationCheckpoint) -> int:
+def apply_activation_checkpointing(model: Model, config: ActivationCheckpoint) -> int:
     """Recompute all blocks (`full`) or every n-th (`selective`); returns how many.
 
     The block's forward is wrapped rather than the block, so that parameter names stay as they are.
@@ -18,7 +18,7 @@ def apply_activation_checkpointing(model: nn.Module, config: ActivationCheckpoin
     if config.mode == "none":
         return 0
     stride = 1 if config.mode == "full" else config.every_n_layers
-    chosen = model.blocks()[::stride]  # type: ignore[operator]
+    chosen = model.blocks()[::stride]
     for block in chosen:
         block.forward = _recomputed(block.forward)
     return len(chosen)

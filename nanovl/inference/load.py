@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nanovl.checkpoint.locate import fill, resolve_checkpoint, spec_at
 from nanovl.config.schema import Job
 from nanovl.device import pick_device
 from nanovl.errors import ConfigError
 from nanovl.run import Run
-from nanovl.spec import ModelSpec
+from nanovl.spec import Model, ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 
 
@@ -21,7 +20,7 @@ from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 class Loaded:
     """A model ready to use, and what belongs to it."""
 
-    model: nn.Module
+    model: Model
     """Call it on tokens_BT (int64) for float32 logits [B, T, V]."""
     tokenizer: AnyTokenizer
     job: Job | None
@@ -46,7 +45,7 @@ def load(
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     model.to_empty(device=place)
-    model.init_buffers(place)  # type: ignore[operator]
+    model.init_buffers(place)
     fill(model, source, spec)
     model.to(_dtype(dtype)).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source if checkpoint is None else checkpoint / "tokenizer")
