@@ -66,7 +66,7 @@ def our_step(size: dict[str, Any], modes: Modes, rows: int, seq_len: int) -> Cal
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     job = Job()
-    parallelize(model, job, build_mesh(job.parallelism, 1, CPU), modes, Log(1))
+    parallel = parallelize(model, job, build_mesh(job.parallelism, 1, CPU), modes, Log(1))
     materialize(model, CPU)
     init_weights(model, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
@@ -83,9 +83,8 @@ def our_step(size: dict[str, Any], modes: Modes, rows: int, seq_len: int) -> Cal
             "weights_BT": torch.ones(rows, seq_len),
         }
         train_step(
-            model,
+            parallel,
             [batch],
-            loss_group=None,
             max_norm=1.0,
             chunk_tokens=loss_chunk_tokens(CPU, size["vocab"]),
             cross_document_attention=True,  # one document a row, as the plain loop takes it

@@ -8,26 +8,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
-from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, raise_if
+from nanovl.config.schema import OptimizerGroup
+from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionCore, MetaBuilder, raise_if
+from nanovl.models.blocks.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from nanovl.models.blocks.head import Head
+from nanovl.models.blocks.init import InitConfig, initialize
+from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
+from nanovl.models.blocks.moe import Moe, MoeConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
-from nanovl.spec import Model
+from nanovl.spec import Cut, Inputs, Model, Stream, TensorPlan, expert_layers
 
 # B batch, T tokens, D model, V vocabulary
 
 
+def _told_by_kind(default: str, **configs: type[Any]) -> Discriminator:
+    """Which of `configs` a section is, so that errors speak of that one alone."""
+
+    def tag(given: Any) -> str | None:
+        kind = given.get("kind", default) if isinstance(given, dict) else given.kind
+        return configs[kind].__name__ if kind in configs else None
+
+    kinds = " or ".join(map(repr, configs))
+    return Discriminator(
+        tag, custom_error_type="kind", custom_error_message=f"wants a `kind` that is {kinds}"
+    )
+
+
+MixerConfig = Annotated[
+    Annotated[AttentionConfig, Tag("AttentionConfig")]
+    | Annotated[MlaConfig, Tag("MlaConfig")]
+    | Annotated[GatedDeltaNetConfig, Tag("GatedDeltaNetConfig")],
+    _told_by_kind("attention", attention=AttentionConfig, mla=MlaConfig, gated_delta_net=GatedDeltaNetConfig),
+]
+FfnConfig = Annotated[
+    Annotated[MlpConfig, Tag("MlpConfig")] | Annotated[MoeConfig, Tag("MoeConfig")],
+    _told_by_kind("mlp", mlp=MlpConfig, moe=MoeConfig),
+]
+
+
 @dataclass(kw_only=True)
 class BlockConfig:
-    mixer: AttentionConfig
+    mixer: MixerConfig
     """Mixes tokens."""
-    ffn: MlpConfig
+    ffn: FfnConfig
     """Mixes channels."""
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """x + f(norm x), x + norm f(x) (OLMo 2, arXiv:2501.00656), or both norms: x + norm f(norm x) (Gemma)."""
 
 
 @dataclass(kw_only=True)
@@ -50,22 +83,25 @@ class DecoderConfig:
     """Every norm of the model."""
     tie_word_embeddings: bool = False
     """The head's weight is the embedding's."""
+    embed_scale: float | Literal["sqrt_hidden_size"] = 1.0
+    """Factor on embeddings, rounded to their dtype first."""
     embed_norm: bool = False
     """Norm right after the embedding."""
     final_logit_softcapping: float | None = None
     """Logits become cap * tanh(logits / cap)."""
     max_position_embeddings: int = 4096
     """Context the checkpoint is meant for, tokens."""
-    initializer_range: float = 0.02
-    """Standard deviation of every initial matrix and embedding."""
-    zero_init_outputs: bool = False
-    """Start every o_proj and down_proj at 0, so that each block starts as the identity."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """How weights begin."""
+
+    def layer_names(self) -> list[str]:
+        """The template of each layer: prefix, then the pattern tiled, then suffix."""
+        tiled = self.num_hidden_layers - len(self.prefix) - len(self.suffix)
+        return [*self.prefix, *(self.pattern[i % len(self.pattern)] for i in range(tiled)), *self.suffix]
 
     def layers(self) -> list[BlockConfig]:
-        """One template a layer: prefix, then the pattern tiled, then suffix."""
-        tiled = self.num_hidden_layers - len(self.prefix) - len(self.suffix)
-        names = [*self.prefix, *(self.pattern[i % len(self.pattern)] for i in range(tiled)), *self.suffix]
-        return [self.blocks[name] for name in names]
+        """One template a layer."""
+        return [self.blocks[name] for name in self.layer_names()]
 
     def validate(self) -> None:
         """Raises ConfigError with everything that does not fit together."""
@@ -87,22 +123,38 @@ class DecoderConfig:
             wrong.append(f"pattern: empty; name at least one of {', '.join(self.blocks)}")
         for name, block in self.blocks.items():
             wrong += [f"blocks.{name}.mixer.{m}" for m in block.mixer.mistakes()]
+            if isinstance(block.ffn, MoeConfig):
+                wrong += [f"blocks.{name}.ffn.{m}" for m in block.ffn.mistakes()]
+        wrong += [f"init.{m}" for m in self.init.mistakes()]
         raise_if(wrong)
 
 
+MIXERS: dict[type[Any], Callable[[Any, int, NormConfig], nn.Module]] = {
+    AttentionConfig: Attention,
+    MlaConfig: LatentAttention,
+    GatedDeltaNetConfig: GatedDeltaNet,
+}
+"""Config class -> what mixes tokens: (config, hidden size, norm) -> module of (x_BTD, meta)."""
+FFNS: dict[type[Any], Callable[[Any, int], nn.Module]] = {MlpConfig: Mlp, MoeConfig: Moe}
+"""Config class -> what mixes channels: (config, hidden size) -> module of (x_BTD)."""
+
+
 class Block(nn.Module):
-    """x + mixer(norm x), then x + ffn(norm x)."""
+    """x + mixer(x), then x + ffn(x), each with a norm before, behind, or both."""
 
     def __init__(self, config: BlockConfig, hidden_size: int, norm: NormConfig) -> None:
         super().__init__()
-        self.mixer_pre_norm = RMSNorm(hidden_size, norm)
-        self.mixer = Attention(config.mixer, hidden_size, norm)
-        self.ffn_pre_norm = RMSNorm(hidden_size, norm)
-        self.ffn = Mlp(config.ffn, hidden_size)
+        pre, post = config.norm_placement != "post", config.norm_placement != "pre"
+        self.mixer_pre_norm = RMSNorm(hidden_size, norm) if pre else nn.Identity()
+        self.mixer = MIXERS[type(config.mixer)](config.mixer, hidden_size, norm)
+        self.mixer_post_norm = RMSNorm(hidden_size, norm) if post else nn.Identity()
+        self.ffn_pre_norm = RMSNorm(hidden_size, norm) if pre else nn.Identity()
+        self.ffn = FFNS[type(config.ffn)](config.ffn, hidden_size)
+        self.ffn_post_norm = RMSNorm(hidden_size, norm) if post else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
-        x_BTD = x_BTD + self.mixer(self.mixer_pre_norm(x_BTD), meta)
-        return x_BTD + self.ffn(self.ffn_pre_norm(x_BTD))
+    def forward(self, x_BTD: Tensor, inputs: Inputs) -> Tensor:
+        x_BTD = x_BTD + self.mixer_post_norm(self.mixer(self.mixer_pre_norm(x_BTD), inputs.meta))
+        return x_BTD + self.ffn_post_norm(self.ffn(self.ffn_pre_norm(x_BTD)))
 
 
 class Decoder(Model):
@@ -121,48 +173,58 @@ class Decoder(Model):
         self.lm_head = Head(config.hidden_size, config.vocab_size, softcap=config.final_logit_softcapping)
         if config.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Parameter, self.embed_tokens.weight)
+        self.first_children = ["embed_tokens", "embed_norm"]
+        self.last_children = ["norm", "lm_head", *(["embed_tokens"] if config.tie_word_embeddings else [])]
+        self.meta = MetaBuilder(attention_layers(self))
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
-        meta = attention_meta(self, positions_BT, doc_ids_BT)
-        x_BTD = self.embed_norm(self.embed_tokens(tokens_BT))
-        for layer in self.layers.values():
-            x_BTD = layer(x_BTD, meta)
-        return self.norm(x_BTD)
+    def tensor_plan(self) -> TensorPlan:
+        """Vocabulary entries apart."""
+        size = self.config.vocab_size
+        return TensorPlan({"embed_tokens": Cut("vocab", size), "lm_head": Cut("vocab", size)})
+
+    def begin(self, inputs: Inputs) -> Stream:
+        x_BTD = self.embed_tokens(inputs.tokens_BT)
+        scale = self.config.embed_scale
+        scale = self.config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
+        if scale != 1.0:
+            x_BTD = x_BTD * torch.tensor(scale, dtype=x_BTD.dtype).item()
+        return (self.embed_norm(x_BTD),)
+
+    def end(self, stream: Stream) -> Tensor:
+        return self.norm(stream[0])
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
-        if name.endswith("bias") or (
-            self.config.zero_init_outputs and name.endswith(("o_proj.weight", "down_proj.weight"))
-        ):
-            full.zero_()
-        elif "norm" in name:
-            full.fill_(1.0)
-        else:
-            full.normal_(0.0, self.config.initializer_range, generator=generator)
+        config = self.config
+        norm_start = 0.0 if config.norm.weight == "zeros" else 1.0
+        initialize(config.init, name, full, generator, layers=config.num_hidden_layers, norm_start=norm_start)
 
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
         return flops_per_token(self, mean_keys)
 
 
-def attention_meta(model: nn.Module, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionMeta:
-    """The masks and rotation tables that the attention layers of `model` ask for."""
-    mixers = [m for m in model.modules() if isinstance(m, Attention)]
-    ropes = [m.rope_key for m in mixers if m.rope_key is not None]
-    return AttentionMeta.build(positions_BT, doc_ids_BT, [m.config.sliding_window for m in mixers], ropes)
+def adamw_groups(config: DecoderConfig) -> list[OptimizerGroup]:
+    """AdamW for all; only matrices decay, those of experts and routers too."""
+    return [
+        OptimizerGroup(match=r"layers\..*(_proj(\.weight)?|router\.weight)|lm_head\.weight"),
+        OptimizerGroup(match=r".*", weight_decay=0.0),
+    ]
+
+
+def attention_layers(model: nn.Module) -> list[Any]:
+    """The layers of `model` around an attention core, in order."""
+    return [m for m in model.modules() if isinstance(getattr(m, "core", None), AttentionCore)]
 
 
 def flops_per_token(model: nn.Module, mean_keys: Callable[[int | None], float]) -> float:
-    """Forward FLOPs of one token: every weight that multiplies it, and its attention."""
-    attention = (attention_flops(m.config, mean_keys) for m in model.modules() if isinstance(m, Attention))
-    return matmul_flops_per_token(model) + sum(attention)
+    """Forward FLOPs of one token: every weight that multiplies it, and what mixes it with others."""
+    mixers: list[Any] = [m for m in model.modules() if hasattr(m, "score_flops")]
+    return matmul_flops_per_token(model) + sum(m.score_flops(mean_keys) for m in mixers)
 
 
 def matmul_flops_per_token(model: nn.Module) -> float:
-    """2 FLOPs for every weight that multiplies a token: linears and head (tied or not), no embedding look-up."""
+    """2 FLOPs for every weight that multiplies a token: linears, its experts and their router, the head (tied or not);
+    no embedding look-up."""
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    experts = sum(layer.active_weights for layer in expert_layers(model))
     heads = sum(m.vocab_size * m.weight.shape[1] for m in model.modules() if isinstance(m, Head))
-    return 2.0 * (linears + heads)
-
-
-def attention_flops(config: AttentionConfig, mean_keys: Callable[[int | None], float]) -> float:
-    """2 H (d_qk + d_v) keys: scores and their weighted sum of values."""
-    return 2.0 * config.num_attention_heads * 2 * config.head_dim * mean_keys(config.sliding_window)
+    return 2.0 * (linears + experts + heads)

@@ -16,7 +16,7 @@ Smear looks back over a document's start only where the row is one document; pac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from nanovl.config.schema import OptimizerGroup
-from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, raise_if
+from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, MetaBuilder, raise_if
 from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig
-from nanovl.models.decoder import attention_meta, flops_per_token
-from nanovl.spec import Model, ModelFamily
+from nanovl.models.decoder import attention_layers, flops_per_token
+from nanovl.spec import Cut, Inputs, Model, ModelFamily, Stream, TensorPlan
 
 # B batch, T tokens, D model channels (head channels in q, k, v), H heads, K key/value heads, V vocabulary
 
@@ -167,6 +167,48 @@ class PreviousToken(nn.Module):
         return shifted_BTD * (positions_BT > 0)[..., None]
 
 
+class Smear(nn.Module):
+    """x_t + lambda sigmoid(gate(x_t)) x_(t-1): each token carries a little of the one before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.previous = PreviousToken()
+        self.gate = nn.Linear(channels, 1, bias=False)
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def tensor_plan(self) -> TensorPlan:
+        """Tokens are cut behind it: it needs their neighbours."""
+        return TensorPlan(starts=True)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        gate_BT1 = self.scale * self.gate(x_BTD[..., : self.channels]).sigmoid()
+        return x_BTD + gate_BT1 * self.previous(x_BTD, positions_BT)
+
+
+class Blend(nn.Module):
+    """a x + b x0: how much of the stream and of the embedding a block reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = nn.Parameter(torch.empty(1))
+        self.embedding = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor) -> Tensor:
+        return self.stream * x_BTD + self.embedding * x0_BTD
+
+
+class Backout(nn.Module):
+    """x - lambda middle: what the middle of the model knew need not be said again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BTD: Tensor, middle_BTD: Tensor) -> Tensor:
+        return x_BTD - self.scale * middle_BTD
+
+
 class NanochatAttention(Attention):
     """Attention whose values may receive a token's own embedding, and whose normed q and k are scaled."""
 
@@ -180,6 +222,14 @@ class NanochatAttention(Attention):
             self.value_embed = nn.Embedding(config.padded_vocab_size, kv_heads * config.head_dim)
             self.value_gate = nn.Linear(config.value_gate_channels, kv_heads, bias=False)
 
+    def tensor_plan(self) -> TensorPlan:
+        """Heads apart, with their gates and their part of the table."""
+        plan, kv_heads = super().tensor_plan(), self.config.num_key_value_heads
+        if self.value_embed is None:
+            return plan
+        more = {name: Cut("column", kv_heads) for name in ("value_embed", "value_gate")}
+        return replace(plan, cuts={**plan.cuts, **more})
+
     def forward(self, x_BTD: Tensor, meta: AttentionMeta, tokens_BT: Tensor | None = None) -> Tensor:
         q_BTHD, k_BTKD, v_BTKD = self.qkv(x_BTD, meta)
         if self.value_embed is not None:
@@ -192,10 +242,11 @@ class NanochatAttention(Attention):
 
 
 class NanochatBlock(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x), from a blend of stream and embedding."""
 
     def __init__(self, config: NanochatConfig, layer: int, norm: NormConfig) -> None:
         super().__init__()
+        self.blend = Blend() if config.residual_lambdas else None
         self.norm = RMSNorm(config.hidden_size, norm)
         self.mixer = NanochatAttention(config, layer, norm)
         ffn = MlpConfig(
@@ -203,8 +254,10 @@ class NanochatBlock(nn.Module):
         )
         self.ffn = Mlp(ffn, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, tokens_BT: Tensor, meta: AttentionMeta) -> Tensor:
-        x_BTD = x_BTD + self.mixer(self.norm(x_BTD), meta, tokens_BT)
+    def forward(self, x_BTD: Tensor, inputs: Inputs, x0_BTD: Tensor | None = None) -> Tensor:
+        if self.blend is not None:
+            x_BTD = self.blend(x_BTD, x0_BTD)
+        x_BTD = x_BTD + self.mixer(self.norm(x_BTD), inputs.meta, inputs.tokens_BT)
         return x_BTD + self.ffn(self.norm(x_BTD))
 
 
@@ -219,38 +272,44 @@ class Nanochat(Model):
         self.norm = RMSNorm(config.hidden_size, norm)
         self.layers = nn.ModuleDict({str(i): NanochatBlock(config, i, norm) for i in range(config.depth)})
         self.lm_head = Head(config.hidden_size, config.vocab_size, config.padded_vocab_size, config.softcap)
-        if config.smear:
-            self.previous = PreviousToken()
-            self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
-            self.smear_lambda = nn.Parameter(torch.empty(1))
-        if config.residual_lambdas:
-            self.resid_lambdas = nn.Parameter(torch.empty(config.depth))
-            self.x0_lambdas = nn.Parameter(torch.empty(config.depth))
-        if config.backout:
-            self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.smear = Smear(config.smear_channels) if config.smear else None
+        self.backout = Backout() if config.backout else None
+        self.first_children, self.last_children = ["embed_tokens", "smear"], ["lm_head", "backout"]
+        self.meta = MetaBuilder(attention_layers(self))
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
-        meta = attention_meta(self, positions_BT, doc_ids_BT)
-        x_BTD = self.norm(self.embed_tokens(tokens_BT))
-        if self.config.smear:
-            gate_BT1 = self.smear_lambda * self.smear_gate(x_BTD[..., : self.config.smear_channels]).sigmoid()
-            x_BTD = x_BTD + gate_BT1 * self.previous(x_BTD, positions_BT)
-        embedding_BTD = middle_BTD = x_BTD
-        for i, layer in enumerate(self.layers.values()):
-            if self.config.residual_lambdas:
-                x_BTD = self.resid_lambdas[i] * x_BTD + self.x0_lambdas[i] * embedding_BTD
-            x_BTD = layer(x_BTD, tokens_BT, meta)
-            if i == self.config.depth // 2:
-                middle_BTD = x_BTD
-        if self.config.backout:
-            x_BTD = x_BTD - self.backout_lambda * middle_BTD
-        return self.norm(x_BTD)
+    def tensor_plan(self) -> TensorPlan:
+        """Vocabulary entries apart."""
+        size = self.config.padded_vocab_size
+        return TensorPlan({"embed_tokens": Cut("vocab", size), "lm_head": Cut("vocab", size)})
+
+    def begin(self, inputs: Inputs) -> Stream:
+        x_BTD = self.norm(self.embed_tokens(inputs.tokens_BT))
+        if self.smear is not None:
+            x_BTD = self.smear(x_BTD, inputs.positions_BT)
+        return (x_BTD, x_BTD) if self.config.residual_lambdas else (x_BTD,)
+
+    def pass_block(self, index: int, block: nn.Module, stream: Stream, inputs: Inputs) -> Stream:
+        """The stream is x, the embedding where blocks read it, and from its block on the middle that is backed out."""
+        x_BTD, *rest = stream
+        x_BTD = block(x_BTD, inputs, *rest[:1]) if self.config.residual_lambdas else block(x_BTD, inputs)
+        middle = [x_BTD] if self.config.backout and index == self.config.depth // 2 else []
+        return (x_BTD, *rest, *middle)
+
+    def stream_width(self, layers: int) -> int:
+        has_middle = self.config.backout and layers > self.config.depth // 2
+        return 1 + self.config.residual_lambdas + has_middle
+
+    def end(self, stream: Stream) -> Tensor:
+        return self.norm(stream[0] if self.backout is None else self.backout(stream[0], stream[-1]))
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         """Uniform matrices of deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
         bound = sqrt(3.0 / self.config.hidden_size)
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        if leaf in ("o_proj", "down_proj", "smear_lambda"):
+        if name.endswith(("blend.stream", "blend.embedding")):
+            first, last = (1.15, 1.05) if leaf == "stream" else (0.20, 0.05)
+            full.copy_(torch.linspace(first, last, self.config.depth)[int(name.split(".")[1])])
+        elif leaf in ("o_proj", "down_proj") or name == "smear.scale":
             full.zero_()
         elif leaf in ("q_proj", "k_proj", "v_proj", "value_embed"):
             full.uniform_(-bound, bound, generator=generator)
@@ -258,13 +317,9 @@ class Nanochat(Model):
             full.uniform_(
                 -bound * self.config.mlp_init_scale, bound * self.config.mlp_init_scale, generator=generator
             )
-        elif leaf in ("value_gate", "smear_gate"):
+        elif leaf in ("value_gate", "gate"):
             full.uniform_(0.0, 0.02, generator=generator)
-        elif leaf == "resid_lambdas":
-            full.copy_(torch.linspace(1.15, 1.05, self.config.depth))
-        elif leaf == "x0_lambdas":
-            full.copy_(torch.linspace(0.20, 0.05, self.config.depth))
-        elif leaf == "backout_lambda":
+        elif name == "backout.scale":
             full.fill_(self.config.backout_init)
         else:
             std = {"embed_tokens": self.config.embedding_std, "lm_head": self.config.head_std}[leaf]
@@ -302,10 +357,10 @@ def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
             weight_decay=0.01,
             scale_with_width=True,
         ),
-        group(match=r"resid_lambdas", lr=0.005, beta1=0.8, beta2=0.95, weight_decay=0.05),
-        group(match=r"x0_lambdas", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
+        group(match=r".*\.blend\.stream", lr=0.005, beta1=0.8, beta2=0.95, weight_decay=0.05),
+        group(match=r".*\.blend\.embedding", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
         group(
-            match=r"smear_.*|backout_lambda",
+            match=r"smear\..*|backout\.scale",
             lr=0.2,
             beta1=0.8,
             beta2=0.95,

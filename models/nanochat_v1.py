@@ -14,6 +14,7 @@ from functools import partial
 
 from nanovl.config.schema import OptimizerGroup
 from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.blocks.init import InitConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig
@@ -45,7 +46,7 @@ def nanochat_v1(depth: int, vocab: int = 65536, context: int = 2048) -> DecoderC
         embed_norm=True,
         final_logit_softcapping=15.0,
         max_position_embeddings=context,
-        zero_init_outputs=True,
+        init=InitConfig(outputs="zero"),
     )
 
 

@@ -20,11 +20,12 @@ from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
 from nanovl.optim.build import Optimizers
 from nanovl.optim.scaling import SizeRules, horizon_tokens, size_rules
-from nanovl.parallelisms.apply import parallelize
+from nanovl.parallelisms.apply import parallelism_mistakes, parallelize
 from nanovl.parallelisms.init import init_weights, materialize
+from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.registry import resolve_model
 from nanovl.run import Run
-from nanovl.spec import Model, ModelSpec
+from nanovl.spec import ModelSpec, expert_layers
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
 
@@ -78,24 +79,26 @@ def resolve_sizes(job: Job, spec: ModelSpec, world_size: int) -> tuple[Job, Size
 
 
 def matrix_parameters(spec: ModelSpec) -> int:
-    """Weights of the blocks' linear layers and of the head: what nanochat counts when it sizes a run."""
+    """Weights of the blocks' linear layers and of the head: what nanochat counts when it sizes a run. Of experts those
+    that a token goes through."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     linears = [m.weight for b in model.blocks() for m in b.modules() if isinstance(m, nn.Linear)]
     heads = [m.weight for m in model.modules() if isinstance(m, Head)]
-    return sum(w.numel() for w in linears + heads)
+    return sum(w.numel() for w in linears + heads) + sum(layer.active_weights for layer in expert_layers(model))
 
 
 def build_model(
     job: Job, spec: ModelSpec, mesh: Mesh, modes: Modes, device: torch.device, log: Log, *, fresh: bool
-) -> Model:
+) -> ParallelModel:
     """The parallel model; `fresh` = with initial weights, from the seed or from `checkpoint.initial_load_path`."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)
-    parallelize(model, job, mesh, modes, log)
-    materialize(model, device)
+    parallel = parallelize(model, job, mesh, modes, log)
+    for part in parallel.parts:
+        materialize(part, device)
     if not fresh:
-        return model
+        return parallel
     if job.checkpoint.initial_load_path:
         source = Path(job.checkpoint.initial_load_path)
         given = spec_at(source)
@@ -104,15 +107,20 @@ def build_model(
                 f"checkpoint.initial_load_path: {source} holds {given.family.name} {given.config}, "
                 f"the job wants {spec.family.name} {spec.config}; make [model] the same"
             )
-        fill(model, source, spec)
+        fill(parallel.whole, source, spec)
         log.say(f"  weights   {source}")
     else:
-        init_weights(model, job.debug.seed)
-    return model
+        for part in parallel.parts:
+            init_weights(part, job.debug.seed)
+    return parallel
 
 
-def build_optimizers(job: Job, model: nn.Module, rules: SizeRules, modes: Modes, log: Log) -> Optimizers:
+def build_optimizers(
+    job: Job, spec: ModelSpec, model: ParallelModel, rules: SizeRules, modes: Modes, log: Log
+) -> Optimizers:
     """Optimizers over the job's groups; prints the table of who learns how."""
+    with torch.device("meta"):
+        all_sizes = {name: p.numel() for name, p in spec.family.model(spec.config).named_parameters()}
     optimizers = Optimizers(
         model.named_parameters(),
         job.optimizer.groups,
@@ -123,9 +131,20 @@ def build_optimizers(job: Job, model: nn.Module, rules: SizeRules, modes: Modes,
         batch_factor=rules.batch_factor,
         decay_factor=rules.decay_factor,
         compute_dtype=modes.param_dtype,
+        all_sizes=all_sizes,
     )
     log.table(*optimizers.table(), title="  optimizer groups")
     return optimizers
+
+
+def check_parallelism(job: Job, world_size: int, device: torch.device) -> None:
+    """Raises ConfigError where the model cannot be cut as the job asks; needs no process group."""
+    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = spec.family.model(spec.config)
+    wrong = parallelism_mistakes(model, job, world_size, device)
+    if wrong:
+        raise ConfigError(wrong, "parallelism")
 
 
 def architecture(job: Job, tokenizer: AnyTokenizer) -> ModelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -63,6 +63,7 @@ class Modes:
 
     param_dtype: torch.dtype
     compile: bool
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 # measured by benchmarks/train_cpu.py: below these widths casts cost more than they save
@@ -91,7 +92,7 @@ def decide_modes(
     compiled = (
         (gpu or steps >= COMPILE_SECONDS_WORTH_STEPS) if compile_mode == "auto" else compile_mode == "on"
     )
-    return Modes(param_dtype, compiled)
+    return Modes(param_dtype, compiled, device)
 
 
 def loss_chunk_tokens(device: torch.device, vocab_size: int) -> int:

@@ -9,7 +9,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore
+from torch.distributed import distributed_c10d
 
 from nanovl.errors import NanovlError
 
@@ -50,6 +51,22 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> World:
     else:
         dist.init_process_group(backend, timeout=timeout)
     return world
+
+
+def set_timeout(seconds: float, keep: Collection[dist.ProcessGroup | None] = ()) -> None:
+    """Let a collective of any group this rank is in wait `seconds` from here on; groups in `keep` stay as they are.
+
+    All ranks call it. It begins with a barrier, or a fast rank would lose patience with one that is still slow by the
+    old limit.
+    """
+    barrier()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    for group in distributed_c10d._pg_map:
+        # torchtitan's mesh gives axes of degree 1 a fake group, which has nothing to wait for
+        if group not in keep and dist.get_backend(group) != "fake":
+            # torch has no public name for it: torch.distributed.set_timeout is in no release up to 2.13
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def stop() -> None:
@@ -93,6 +110,10 @@ def fork_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_seconds: 
     clash. Raises RankFailed with the traceback of the rank that failed first, not of those it left waiting.
     """
     import torch._dynamo  # noqa: F401  (each child would import it in its first FSDP step)
+
+    from nanovl.mesh import import_torchtitan
+
+    import_torchtitan()  # seconds, which each child would take
 
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from nanovl.errors import ConfigError, DataError
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
 
     from nanovl.data.documents import heldout_texts
     from nanovl.data.loader import heldout_rows
-    from nanovl.eval.bpb import bits_per_byte, compressor_bpb
+    from nanovl.eval.bpb import bits_per_byte, compressor_bpb, run_alone
     from nanovl.inference.load import load
 
     loaded = load(args.path, device=args.device, dtype=args.dtype)
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
     texts = _files(args.text) if args.text or loaded.job is None else heldout_texts(loaded.job)
     batches, text = heldout_rows(texts, loaded.tokenizer, seq_len, args.max_bytes, 0, 1, args.rows)
     token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes()).long()
-    found = bits_per_byte(loaded.model, batches, token_bytes)
+    device = next(loaded.model.parameters()).device
+    found = bits_per_byte(partial(run_alone, loaded.model), batches, token_bytes, device)
     baselines = compressor_bpb(text)
     if args.json:
         out(

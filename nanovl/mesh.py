@@ -1,14 +1,20 @@
 """The device mesh: torchtitan's ParallelDims behind the only lines of the house that import torchtitan.
 
-Axes (torchtitan's names): batch = ranks that read different rows; loss = ranks whose losses add up;
-dp_replicate x fsdp = copies x shards of the parameters.
+One world, cut three ways (torchtitan's names):
+
+    data     [pp, batch, cp, tp]                     batch = dp_replicate x dp_shard: ranks that read different rows
+    dense    [pp, dp_replicate, fsdp, tp]            fsdp  = dp_shard x cp: shards of one copy of the parameters
+    sparse   [pp, dp_replicate, efsdp, ep, etp]      efsdp = fsdp x tp / (ep x etp): shards of one copy of an expert
+
+Expert parallelism takes its ranks from fsdp and tp; it is no factor of the world size.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nanovl.config.schema import Parallelism
 from nanovl.errors import NanovlError
 
+Axis = Literal["pp", "batch", "loss", "dp_replicate", "fsdp", "cp", "tp", "ep", "efsdp", "etp"]
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -26,60 +34,93 @@ class Mesh:
     dims: Any
     """torchtitan's ParallelDims."""
 
+    def size(self, axis: Axis) -> int:
+        """Ranks along `axis`."""
+        return int(self.dims._meshes[axis].size())
+
+    def rank(self, axis: Axis) -> int:
+        """This rank's place along `axis`."""
+        return int(self.dims._meshes[axis].get_local_rank()) if self.size(axis) > 1 else 0
+
+    def axis(self, axis: Axis) -> DeviceMesh | None:
+        """The one-dimensional mesh; None where it has one rank and so no process group."""
+        return self.dims.get_optional_mesh(axis)
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """Process group of `axis`; None where it has one rank."""
+        found = self.axis(axis)
+        return None if found is None or found.size() == 1 else found.get_group()
+
     @property
     def data_rank(self) -> int:
         """Which share of the rows this rank reads."""
-        batch = self.dims.get_optional_mesh("batch")
-        return 0 if batch is None else batch.get_local_rank()
+        return self.rank("batch")
 
     @property
     def data_degree(self) -> int:
         """Ranks that read different rows."""
-        return self.dims.dp_replicate * self.dims.dp_shard
+        return self.size("batch")
 
     @property
     def fsdp(self) -> DeviceMesh:
         """Mesh for fully_shard: [fsdp], or [dp_replicate, fsdp] with copies (HSDP)."""
-        copies = self.dims.get_optional_mesh("dp_replicate") is not None
-        return self.dims.get_mesh(["dp_replicate", "fsdp"] if copies else "fsdp")
+        return self._with_copies("fsdp")
 
     @property
-    def loss_group(self) -> dist.ProcessGroup | None:
-        """Ranks over which loss sums and token counts add up; None = this rank alone."""
-        loss = self.dims.get_optional_mesh("loss")
-        return None if loss is None else loss.get_group()
+    def experts(self) -> DeviceMesh:
+        """Mesh for fully_shard of experts: [efsdp], or [dp_replicate, efsdp]."""
+        return self._with_copies("efsdp")
+
+    @property
+    def whole_model_here(self) -> bool:
+        """Whether every rank runs all layers on whole rows: nothing but data and experts is cut."""
+        return all(self.size(axis) == 1 for axis in ("pp", "cp", "tp"))
+
+    def _with_copies(self, axis: Axis) -> DeviceMesh:
+        return self.dims.get_mesh(["dp_replicate", axis] if self.size("dp_replicate") > 1 else axis)
 
     def __str__(self) -> str:
         if self.dims.world_size == 1:
             return "1 rank"
-        copies = f"dp_replicate {self.dims.dp_replicate} x " if self.dims.dp_replicate > 1 else ""
-        return f"{self.dims.world_size} ranks: {copies}dp_shard {self.dims.dp_shard}"
+        dims = self.dims
+        names = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp")
+        degrees = [f"{n} {getattr(dims, n)}" for n in names if getattr(dims, n) > 1]
+        return f"{dims.world_size} ranks: {' x '.join(degrees)}"
 
 
-def build_mesh(parallelism: Parallelism, world_size: int, device: torch.device) -> Mesh:
-    """The mesh of a job whose degrees check.py has accepted; needs the process group."""
+def import_torchtitan() -> tuple[Any, Any]:
+    """Its `tools.utils` and `distributed.parallel_dims`. Raises NanovlError where it cannot be imported."""
     try:
-        tools: Any = importlib.import_module("torchtitan.tools.utils")
-        module: Any = importlib.import_module("torchtitan.distributed.parallel_dims")
+        return (
+            importlib.import_module("torchtitan.tools.utils"),
+            importlib.import_module("torchtitan.distributed.parallel_dims"),
+        )
     except ImportError as error:
         raise NanovlError(
             f"the device mesh needs torchtitan==0.2.2 and triton: {error}; pip install them"
         ) from error
+
+
+def build_mesh(parallelism: Parallelism, world_size: int, device: torch.device) -> Mesh:
+    """The mesh of a job whose degrees check.py has accepted; needs the process group."""
+    tools, module = import_torchtitan()
     tools.device_type = module.device_type = device.type  # 0.2.2 takes "cuda" for granted, also on a CPU host
+    # gathering over two axes in turn is meant; torch would warn of it on every rank
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     class Dims(module.ParallelDims):
         def _mesh_exist(self, name: str, degree: int) -> bool:
             # fully_shard is applied at degree 1 too; 0.2.2 would give that axis a fake backend that moves no data
-            return name == "fsdp" or super()._mesh_exist(name, degree)
+            return name in ("fsdp", "efsdp") or super()._mesh_exist(name, degree)
 
     dims = Dims(
         dp_replicate=parallelism.data_parallel_replicate_degree,
         dp_shard=parallelism.data_parallel_shard_degree,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=1,
-        etp=1,
+        cp=parallelism.context_parallel_degree,
+        tp=parallelism.tensor_parallel_degree,
+        pp=parallelism.pipeline_parallel_degree,
+        ep=parallelism.expert_parallel_degree,
+        etp=parallelism.expert_tensor_parallel_degree,
         world_size=world_size,
     )
     dims.build_mesh()

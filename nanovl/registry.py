@@ -18,6 +18,15 @@ MODELS = {
     "nanochat": "nanovl.models.nanochat",
     "nanochat_v1": "nanovl.models.nanochat_v1",
     "qwen3": "nanovl.models.qwen3",
+    "qwen3_moe": "nanovl.models.qwen3_moe",
+    "qwen3_next": "nanovl.models.qwen3_next",
+    "qwen3_5": "nanovl.models.qwen3_5",
+    "qwen3_5_moe": "nanovl.models.qwen3_5_moe",
+    "llama3": "nanovl.models.llama3",
+    "olmo2": "nanovl.models.olmo2",
+    "olmo3": "nanovl.models.olmo3",
+    "smollm3": "nanovl.models.smollm3",
+    "gemma3": "nanovl.models.gemma3",
 }
 
 
@@ -88,6 +97,8 @@ def _config(found: ModelFamily, data: dict[str, Any]) -> Any:
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    if "kind" in base and over.get("kind", base["kind"]) != base["kind"]:
+        return over  # a section of another kind: nothing of the old one belongs to it
     both = {
         k: _overlay(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
         for k, v in over.items()

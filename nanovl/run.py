@@ -52,6 +52,17 @@ class Run:
         """Whether a run has started here."""
         return self.config.exists()
 
+    def is_of_this_launch(self) -> bool:
+        """Whether torchrun or slurm has started this process again to go on with what its own launch began here.
+
+        A run that was here before the launch is not, however often torchrun tries.
+        """
+        begun = [session.get("launch", {}) for session in self.sessions()[-1:]] if self.is_used() else []
+        own = _launch()
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            own.pop("slurm", None)  # the first time, the job may well run several launches
+        return any(launch.get(kind) == name for launch in begun for kind, name in own.items())
+
     def require_fresh(self, resume: bool) -> None:
         """Raises RunError where a fresh run would overwrite one, or a resumed one has nothing to resume."""
         if self.folder.exists() and not self.folder.is_dir():
@@ -88,7 +99,7 @@ class Run:
     def begin(self, hardware: str, world_size: int, mesh: str) -> None:
         """Add a session to run.json: command, commit, versions, hardware; and a git.diff if there is one."""
         before = self.sessions()
-        sha, dirty, diff = _git()
+        sha, dirty, diff = git_state()
         diff_name = f"git.{len(before) + 1}.diff" if before else "git.diff"
         session = {
             "command": _command(sys.argv),
@@ -101,6 +112,7 @@ class Run:
             "hardware": hardware,
             "world_size": world_size,
             "mesh": mesh,
+            "launch": _launch(),
             "exit_reason": "running",
         }
         if diff:
@@ -140,6 +152,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def _launch() -> dict[str, str]:
+    """Names of what launched this process, the same for all its restarts."""
+    names = {"torchrun": "TORCHELASTIC_RUN_ID", "slurm": "SLURM_JOB_ID"}
+    found = {kind: os.environ.get(name, "none") for kind, name in names.items()}
+    return {kind: name for kind, name in found.items() if name != "none"}  # what torchrun says for no name
+
+
 def _command(argv: Sequence[str]) -> str:
     """The command line as a shell takes it; what `python -m nanovl` puts in argv[0] is no program."""
     program = Path(argv[0]).name
@@ -153,7 +172,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _git() -> tuple[str, bool, bytes]:
+def git_state() -> tuple[str, bool, bytes]:
     """Commit, whether the checkout nanovl runs from differs from it, and its diff (new files are not in it).
 
     Nothing outside of a checkout with a commit.

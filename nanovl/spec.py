@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,20 @@ class KeyRule:
 
 
 @dataclass(frozen=True)
+class KeyGroup:
+    """The same for tensors that are one there and several here, or the other way round, as experts that are stacked.
+
+    The functions take and return one tensor a name, in the order of the names. Where two rules name the same tensor of
+    ours, both are read and the first is written.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    to_theirs: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
 class HuggingFaceSpec:
     """How a family's checkpoints look to `transformers`."""
 
@@ -54,7 +68,7 @@ class HuggingFaceSpec:
     """Class name in config.json, such as `Qwen3ForCausalLM`."""
     config_from_hf: Callable[[Mapping[str, Any]], Any]
     config_to_hf: Callable[[Any], dict[str, Any]]
-    key_rules: Callable[[Any], list[KeyRule]]
+    key_rules: Callable[[Any], Sequence[KeyRule | KeyGroup]]
     """The key map of one config; tied weights are listed once, under the name on disk."""
 
 
@@ -86,12 +100,62 @@ class ModelSpec:
     flavor: str = field(default="")
 
 
+Stream = tuple[Tensor, ...]
+"""What one block hands to the next, each [B, T, D]: the residual stream first, then what later blocks still need."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every block of one forward may read besides the stream."""
+
+    tokens_BT: Tensor
+    positions_BT: Tensor
+    meta: Any
+    """Masks and rotation tables, from the model's `meta` child."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts one child or one parameter of a module."""
+
+    kind: Literal["column", "row", "vocab", "heads", "width"]
+    """`column`: output features of a linear or an embedding; `row`: input features of a linear, whose outputs are
+    summed over the ranks; `vocab`: entries of an embedding or a head; `heads`: a parameter with one row a head;
+    `width`: an RMS norm over features that are cut."""
+    units: int
+    """Pieces that cannot be cut further, such as heads. Where ranks outnumber the units of a column, each unit is
+    computed by several ranks."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What tensor parallelism does to a module. Between modules the sequence is cut; parameters that no plan names
+    are kept whole on every rank, and their gradients are summed."""
+
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    """By the name of a child or of an own parameter."""
+    gathers: bool = False
+    """The first argument arrives cut along the sequence and is needed whole; a `row` child cuts the result again."""
+    starts: bool = False
+    """The result is whole along the sequence, and is cut for what follows."""
+
+
 class Model(nn.Module, ABC):
-    """What the trainer and the engine ask of a model. A family writes `hidden` and how its weights begin."""
+    """What the trainer and the engine ask of a model, or of the part of one that a pipeline stage holds.
+
+    A family writes how the stream begins, passes a block and ends, and how its weights begin. Blocks are named by
+    their place in the whole model, so parameter names are the same in every part.
+    """
 
     config: Any
+    meta: nn.Module
+    """(positions_BT, doc_ids_BT) -> what attention layers share; a child, so that parallelisms can replace it."""
     layers: nn.ModuleDict
     lm_head: nn.Module
+    first_children: Sequence[str]
+    """Children with parameters that only `begin` needs."""
+    last_children: Sequence[str]
+    """Children with parameters that only `end` and the head need; one named in both is a tied weight."""
 
     def forward(
         self,
@@ -99,28 +163,52 @@ class Model(nn.Module, ABC):
         positions_BT: Tensor | None = None,
         doc_ids_BT: Tensor | None = None,
         *,
+        stream: Stream | None = None,
         objective: Callable[[Any, Tensor], Any] | None = None,
     ) -> Any:
         """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns.
 
         So the loss runs inside forward, where FSDP has gathered the head's weight, and logits need not exist all at
-        once. Without positions a row counts from 0; without document ids it is one document.
+        once. Without positions a row counts from 0; without document ids it is one document. A part that does not
+        begin the model goes on from `stream`; one without the head returns its stream.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        x_BTD = self.hidden(tokens_BT, positions_BT, doc_ids_BT)
+        inputs = Inputs(tokens_BT, positions_BT, self.meta(positions_BT, doc_ids_BT))
+        stream = self.begin(inputs) if stream is None else stream
+        for index, block in self.layers.items():
+            stream = self.pass_block(int(index), block, stream, inputs)
+        if not hasattr(self, "lm_head"):
+            return stream
+        x_BTD = self.end(stream)
         return self.lm_head(x_BTD) if objective is None else objective(self.lm_head, x_BTD)
 
     def blocks(self) -> list[nn.Module]:
         """The layers, in order: the units of FSDP, compile and activation checkpointing."""
         return list(self.layers.values())
 
+    def pass_block(self, index: int, block: nn.Module, stream: Stream, inputs: Inputs) -> Stream:
+        """The stream after block `index` of the whole model."""
+        return (block(stream[0], inputs),)
+
+    def stream_width(self, layers: int) -> int:
+        """Tensors in the stream after the first `layers` blocks of the whole model."""
+        return 1
+
     def init_buffers(self, device: torch.device) -> None:
-        """Compute every buffer anew on `device`, needed after to_empty; a family without buffers has nothing to do."""
+        """Compute every buffer anew on `device`, needed after to_empty; modules that have some bring this method."""
+        for module in self.modules():
+            init = getattr(module, "init_buffers", None)
+            if module is not self and callable(init):
+                init(device)
 
     @abstractmethod
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
-        """Tokens -> the states [B, T, D] that the head reads."""
+    def begin(self, inputs: Inputs) -> Stream:
+        """The stream before the first block."""
+
+    @abstractmethod
+    def end(self, stream: Stream) -> Tensor:
+        """The states [B, T, D] that the head reads."""
 
     @abstractmethod
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
@@ -129,3 +217,36 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
         """Forward FLOPs of one token (2 a multiply-add); `mean_keys(window)` = keys a query sees on average."""
+
+
+class ExpertLayer(nn.Module, ABC):
+    """What parallelisms and load balancing ask of a layer that sends each token to a few of its experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    inner_size: int
+    """Inner channels of an expert."""
+    inner_dims: Mapping[str, int]
+    """Which dimension of each of the experts' parameters, stacked [experts, ...], is the inner one."""
+    router: Any
+    """x [B, T, D] -> where tokens go. Has a buffer `tally`, `step_tokens`, `rebalance(counts)` and a child
+    `whole_rows`: models/blocks/router.py says what they are."""
+    dispatch: Any
+    """Has send, receive, give_back. A child, so that parallelisms can put another one around it."""
+    experts: Any
+    """(rows grouped by expert, rows of each expert) -> rows; `compute` takes the weights as arguments."""
+
+    @abstractmethod
+    def graphs(self) -> list[nn.Module]:
+        """Parts that can be compiled whole: nothing in them depends on where tokens go, but for the number of rows."""
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of router and experts that multiply a token, in a layer that is whole."""
+        experts: int = sum(p.numel() for p in self.experts.parameters())
+        return int(self.router.weight.numel()) + experts * self.num_experts_per_tok // self.num_experts
+
+
+def expert_layers(module: nn.Module) -> list[ExpertLayer]:
+    """The expert layers in `module`, in order."""
+    return [m for m in module.modules() if isinstance(m, ExpertLayer)]

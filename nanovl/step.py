@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from nanovl.dist import all_reduce
+from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
+from nanovl.optim.gradients import clip_gradients, global_norm
+from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.spec import Batch
 
 # B rows, T tokens, D model
@@ -28,64 +29,63 @@ class StepResult:
     stop: bool
     """Whether some rank was asked to stop."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether the update may be taken; the same on all ranks, since both numbers are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def train_step(
-    model: nn.Module,
+    model: ParallelModel,
     batches: Sequence[Batch],
     *,
-    loss_group: dist.ProcessGroup | None,
     max_norm: float,
     chunk_tokens: int,
     cross_document_attention: bool = False,
     stop: bool = False,
 ) -> StepResult:
-    """Leave the step's gradients, clipped, in the parameters; the caller updates them.
+    """Leave the step's gradients, clipped, in the parameters; the caller updates them, if the result is finite.
 
     The denominator is the sum of loss weights over all micro-batches and ranks, known before the first backward, so
     the gradients do not depend on how the rows are split.
     """
-    device = next(model.parameters()).device
+    mesh, device = model.mesh, model.device
     weight = sum(
         (_loss_weights(b).sum(dtype=torch.float64) for b in batches), torch.zeros((), dtype=torch.float64)
-    )
-    # no target anywhere leaves a loss of 0 instead of 0/0
-    denominator = all_reduce(weight.to(device), group=loss_group).clamp(min=1.0).float()
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        batch = to_device(batch, device)
-        objective = partial(cross_entropy, batch=batch, denominator=denominator, chunk_tokens=chunk_tokens)
-        loss = run_model(model, batch, objective, cross_document_attention)
-        loss.backward()
-        total += loss.detach()
-    grad_norm = clip_gradients(list(model.parameters()), max_norm)
-    sums = torch.stack((total.double(), torch.tensor(float(stop), dtype=torch.float64, device=device)))
-    all_reduce(sums, group=loss_group)
-    return StepResult(sums[0].item(), grad_norm, sums[1].item() > 0)
+    ).to(device)
+    if mesh.data_degree > 1:
+        all_reduce(weight, group=mesh.group("batch"))
+    denominator = weight.clamp(min=1.0).float()  # no target anywhere leaves a loss of 0 instead of 0/0
+    objective = partial(cross_entropy, denominator=denominator, chunk_tokens=chunk_tokens)
+    batches = [to_device(batch, device) for batch in batches]
+    loss = model.backward(batches, objective, documents=not cross_document_attention)
+    parameters = dict(model.named_parameters())
+    counted = [p for name, p in parameters.items() if name not in model.elsewhere]
+    norm = global_norm(counted, mesh.group("pp"))
+    sums = sum_over_ranks(mesh, loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=device))
+    result = StepResult(sums[0].item(), norm.item(), sums[1].item() > 0)
+    if result.finite:
+        clip_gradients(parameters.values(), norm, max_norm)
+    return result
 
 
-def run_model(model: nn.Module, batch: Batch, objective: Any, cross_document_attention: bool) -> Any:
-    """`objective` on the model's hidden states of `batch`."""
-    doc_ids_BT = None if cross_document_attention else batch["doc_ids_BT"]
-    return model(batch["tokens_BT"], batch["positions_BT"], doc_ids_BT, objective=objective)
+def sum_over_ranks(mesh: Mesh, *values: Tensor) -> Tensor:
+    """Each value added up over the ranks that have other tokens or another stage, stacked; tensor ranks have the same.
+
+    A value that a rank has no part in is 0 there.
+    """
+    stacked = torch.stack(values)
+    if mesh.rank("tp") > 0:
+        stacked = torch.zeros_like(stacked)
+    return all_reduce(stacked)
 
 
 def cross_entropy(
-    head: Head, x_BTD: Tensor, *, batch: Batch, denominator: Tensor, chunk_tokens: int
+    head: Head, x_BTD: Tensor, batch: Batch, *, denominator: Tensor, chunk_tokens: int
 ) -> Tensor:
     """Sum of weight x nats of this micro-batch over the weights of the whole step."""
     weights_BT = batch["weights_BT"] / denominator
     return head.cross_entropy(x_BTD, batch["targets_BT"], weights_BT, chunk_tokens)[0]
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """The norm of all gradients over every rank; above `max_norm` they are scaled down to it (0 = never)."""
-    parameters = list(parameters)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.item()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

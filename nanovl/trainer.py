@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import gc
 import json
-import math
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +16,14 @@ from typing import Any
 import torch
 
 from nanovl import __version__, dist
-from nanovl.build import architecture, build_model, build_optimizers, build_tokenizer, resolve_sizes
+from nanovl.build import (
+    architecture,
+    build_model,
+    build_optimizers,
+    build_tokenizer,
+    check_parallelism,
+    resolve_sizes,
+)
 from nanovl.checkpoint.manager import Checkpointer, committed
 from nanovl.config.schema import Job
 from nanovl.data.documents import heldout_texts
@@ -32,19 +39,27 @@ from nanovl.device import (
 )
 from nanovl.errors import NanovlError, TrainingError
 from nanovl.eval.bpb import bits_per_byte, compressor_bpb
+from nanovl.hang import HangWatch, record_collectives
 from nanovl.inference.engine import Engine
+from nanovl.inference.uncached import generate_uncached
 from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
+from nanovl.optim.expert_balance import ExpertBalance
+from nanovl.optim.gradients import nonfinite_gradients
+from nanovl.optim.groups import shorten
+from nanovl.optim.qk_clip import QkClip
 from nanovl.profiling import Profiler
 from nanovl.registry import spec_to_dict
 from nanovl.report import write_report
 from nanovl.report.facts import parameter_counts
 from nanovl.run import Run, write_json
 from nanovl.spec import Batch
-from nanovl.step import train_step
+from nanovl.startup import check_ranks, facts_of
+from nanovl.step import StepResult, sum_over_ranks, train_step
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal asked to stop; the state is saved, run again with --resume
+SAME_REQUEST_SECONDS = 2.0  # a terminal or slurm signals every process, and then torchrun its ranks once more
 
 
 def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] = ()) -> Run:
@@ -57,16 +72,26 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
     if world.rank == 0:
         run.require_fresh(resume)
     device = pick_device(world.local_rank)
-    dist.start(device)
+    check_parallelism(job, world.size, device)
+    if world.size > 1:
+        record_collectives(run.folder / "traces", job.comm.trace_buf_size)
+    dist.start(device, job.comm.init_timeout_seconds)
     dist.barrier()  # no rank writes into the folder before rank 0 has found it fresh
+    watch = HangWatch(run.folder / "traces", world.rank, world.size)
     trainer: Trainer | None = None
     reason = "crashed"
     try:
-        trainer = Trainer(job, run, device, resume, config_files)
+        trainer = Trainer(job, run, device, resume, config_files, watch)
         reason = trainer.train()
     except NanovlError as error:
         reason = f"failed: {error}"
         raise
+    except RuntimeError as error:
+        explained = watch.explain(error)
+        if explained is None:
+            raise
+        reason = f"failed: {explained}"
+        raise explained from error
     except KeyboardInterrupt:
         reason = "interrupted twice; not saved"
         raise
@@ -75,6 +100,7 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
             trainer.close(reason)
         elif world.rank == 0 and run.sessions():
             run.end(reason)
+        watch.close()
         dist.stop()
     if world.rank == 0:
         out(f"report            {write_report(run)}")
@@ -87,13 +113,24 @@ class Trainer:
     """One run in this process: built once, then `train()`."""
 
     def __init__(
-        self, job: Job, run: Run, device: torch.device, resume: bool, config_files: Sequence[str | Path]
+        self,
+        job: Job,
+        run: Run,
+        device: torch.device,
+        resume: bool,
+        config_files: Sequence[str | Path],
+        watch: HangWatch,
     ) -> None:
-        self.run, self.device = run, device
+        self.run, self.device, self.watch = run, device, watch
         self.world = dist.world_from_env()
         self.main = self.world.rank == 0
         self.log = log = Log(self.world.rank, run.folder / "logs")
-        self.stop_signal = 0
+        self.stop_signal, self.stop_asked = 0, 0.0
+        if self.world.size > 1 and job.comm.check_at_start:
+            skew = job.comm.max_clock_skew_seconds
+            facts = facts_of(job, __version__, self.world.local_rank)
+            agreed = check_ranks(facts, device, max_clock_skew_seconds=skew)
+            log.say(f"  ranks     {agreed}")
         set_determinism(job.debug.deterministic)
         torch.manual_seed(job.debug.seed)
         self.mesh = build_mesh(job.parallelism, self.world.size, device)
@@ -123,18 +160,25 @@ class Trainer:
         self.model = build_model(
             self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None
         )
-        self.optimizers = build_optimizers(self.job, self.model, rules, self.modes, log)
+        with torch.device("meta"):
+            self.arithmetic = self.spec.family.model(self.spec.config)  # all layers, to count FLOPs
+        self.optimizers = build_optimizers(self.job, self.spec, self.model, rules, self.modes, log)
+        self.balance = ExpertBalance(self.model.whole, self.mesh)
+        tau = self.job.optimizer.muon.qk_clip
+        groups = [group for group in [self.mesh.group("loss")] if group is not None]
+        self.qk_clip = QkClip(self.model.whole, tau, groups) if tau else None
         self.loader = Loader(self.job, self.tokenizer, rank=self.mesh.data_rank, degree=self.mesh.data_degree)
         settings = self.job.checkpoint
         self.checkpointer = Checkpointer(
             run.checkpoints,
-            self.model,
+            self.model.whole,
             self.optimizers.optimizers,
             settings.keep_latest_k,
             settings.async_mode == "async" or (settings.async_mode == "auto" and device.type == "cuda"),
             log,
         )
         self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0.0
+        self.skipped = self.skipped_in_a_row = 0
         self.parents = [str(p) for p in (settings.initial_load_path, resumed_from) if p]
         if resumed_from is not None:
             self._resume(resumed_from)
@@ -158,8 +202,12 @@ class Trainer:
                 self.log.say(
                     f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on"
                 )
+            first = self.step + 1
             while self.step < steps:
+                self.watch.step = self.step
                 stop = self._one_step(meter)
+                if self.step == first:  # of this process: all is loaded, compiled and connected
+                    dist.set_timeout(job.comm.train_timeout_seconds, keep=[self.checkpointer.group])
                 last = self.step == steps
                 if stop or (job.checkpoint.interval and self.step % job.checkpoint.interval == 0) or last:
                     self._outside(meter, self._save)
@@ -197,24 +245,24 @@ class Trainer:
         waiting = time.perf_counter()
         batches = self.loader.next_step()
         waited = time.perf_counter() - waiting
+        step_tokens = job.training.global_batch_size * job.training.seq_len
+        self.balance.begin_step(step_tokens)
         result = train_step(
             self.model,
             batches,
-            loss_group=self.mesh.loss_group,
             max_norm=job.training.max_norm,
             chunk_tokens=self.chunk_tokens,
             cross_document_attention=job.data.cross_document_attention,
             stop=self.stop_signal != 0,
         )
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(
-                f"step {self.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; weights are unchanged. "
-                f"Resume from {self.run.checkpoints} with a lower optimizer.lr or a lower training.max_norm"
-            )
-        self.optimizers.step()
+        self.balance.end_step(update=result.finite)
+        if result.finite:
+            self.optimizers.step()
+            if self.qk_clip is not None:
+                self.qk_clip.apply()
+        self._count_skipped(result)
         self.optimizers.zero_grad()
         self.step += 1
-        step_tokens = job.training.global_batch_size * job.training.seq_len
         self.tokens += step_tokens
         self.flops += self._flops(batches, step_tokens)
         meter.step_done(step_tokens, waited)
@@ -224,6 +272,26 @@ class Trainer:
         if self.step % job.metrics.log_freq == 0 or self.step in (1, job.training.steps) or result.stop:
             self._log_step(meter, result.loss, result.grad_norm)
         return result.stop
+
+    def _count_skipped(self, result: StepResult) -> None:
+        """A step without finite loss and gradients leaves the weights alone; too many in a row end the run."""
+        if result.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        names = nonfinite_gradients(self.model.named_parameters())
+        found = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        at_fault = f"; not finite: {shorten(names)}" if names else ""
+        self.log.warn(f"step {self.step + 1}: {found}: skipped on all ranks, weights unchanged{at_fault}")
+        if self.skipped_in_a_row > self.job.training.max_skipped_steps:
+            if self.main:
+                write_json(self.run.folder / "nonfinite.json", {"step": self.step + 1, "gradients": names})
+            raise TrainingError(
+                f"step {self.step + 1}: {self.skipped_in_a_row} steps in a row without finite loss and gradients "
+                f"({found}); the parameters at fault are in {self.run.folder / 'nonfinite.json'}. Resume from "
+                f"{self.run.checkpoints} with a lower optimizer.lr or training.max_norm"
+            )
 
     def _log_step(self, meter: Meter, loss: float, grad_norm: float) -> None:
         taken = meter.taken
@@ -238,17 +306,21 @@ class Trainer:
             "train/loss": loss,
             "optim/grad_norm": grad_norm,
             "optim/lr": self.optimizers.lr,
+            "optim/skipped_steps": self.skipped,
             "perf/tokens_per_second": rates["tokens_per_second"],
             "perf/data_wait": rates["data_wait"],
             "perf/mfu": None,
             "memory/peak_gib": peak_memory_gib(self.device),
             **{f"data/{key}": value for key, value in self.loader.stats().items()},
+            **self.balance.metrics(),
         }
         if peak is not None:
             per_second = rates["tokens_per_second"] / (peak * self.world.size)
             record["perf/mfu"] = self.flops / self.tokens * per_second
             seq_len = self.job.training.seq_len
-            dense = 3 * self.model.forward_flops_per_token(lambda window: min(window or seq_len, seq_len))
+            dense = 3 * self.arithmetic.forward_flops_per_token(
+                lambda window: min(window or seq_len, seq_len)
+            )
             record["perf/mfu_noncausal"] = dense * per_second
         if record["data/cropped"] > 0.5 and not self.warned_of_cropping:
             self.warned_of_cropping = True
@@ -266,7 +338,7 @@ class Trainer:
         def mean_keys(window: int | None) -> float:
             return (places if window is None else places.clamp(max=window)).double().mean().item()
 
-        return 3 * self.model.forward_flops_per_token(mean_keys) * tokens
+        return 3 * self.arithmetic.forward_flops_per_token(mean_keys) * tokens
 
     def _validate(self, *, final: bool = False) -> dict[str, Any]:
         """Bits per byte on held-out text, logged; the same rows every time."""
@@ -285,13 +357,16 @@ class Trainer:
         batches, text = self.heldout[limit]
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).long()
         began = time.perf_counter()
+        self.model.train(False)
         result = bits_per_byte(
-            self.model,
+            self.model.evaluate,
             batches,
             token_bytes,
-            loss_group=self.mesh.loss_group,
+            self.device,
+            total=lambda sums: sum_over_ranks(self.mesh, *sums),
             chunk_tokens=self.chunk_tokens,
         )
+        self.model.train(True)
         found: dict[str, Any] = {
             "val/bpb": result.bpb,
             "val/bytes": result.bytes,
@@ -314,8 +389,11 @@ class Trainer:
         settings = self.job.sampling
         if not settings.prompts:
             return
-        engine = Engine(self.model, self.tokenizer, max_rows=len(settings.prompts))
-        completions = engine.generate(
+        if self.mesh.whole_model_here:
+            generate = Engine(self.model.whole, self.tokenizer, max_rows=len(settings.prompts)).generate
+        else:
+            generate = partial(generate_uncached, self.model, self.tokenizer)
+        completions = generate(
             settings.prompts,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -398,9 +476,11 @@ class Trainer:
         meter.resume_clock()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal:
+        again = time.monotonic() - self.stop_asked if self.stop_signal else 0.0
+        if again > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt  # asked twice: now, not after the step
-        self.stop_signal = number
+        if not self.stop_signal:
+            self.stop_signal, self.stop_asked = number, time.monotonic()
 
     def _say_header(self) -> None:
         job, training, spec = self.job, self.job.training, self.spec

@@ -1,36 +1,94 @@
 """The one order in which a model is made parallel.
 
-Activation checkpointing comes before compile, so that the compiler sees what is recomputed; fully_shard comes last,
-so that its hooks stay outside of the compiled graphs.
+pipeline      which layers are here at all
+tensor        cuts what is left: heads, channels, vocabulary, and the sequence between layers
+expert        cuts experts instead of tensor parallelism
+context       cuts the sequence inside attention
+memory        activation checkpointing, before compile, so that the compiler sees what is recomputed
+compile       one graph a block
+fully_shard   last, so that its hooks stay outside of the compiled graphs; always, also over one rank
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 
 from nanovl.config.schema import Job
 from nanovl.device import Modes
+from nanovl.errors import ConfigError
 from nanovl.log import Log
 from nanovl.mesh import Mesh
+from nanovl.models.blocks.attention import AttentionCore
+from nanovl.parallelisms import context, expert, pipeline_split, tensor
 from nanovl.parallelisms.compile import apply_compile
 from nanovl.parallelisms.fsdp import apply_fsdp
 from nanovl.parallelisms.memory import apply_activation_checkpointing
+from nanovl.parallelisms.parallel_model import ParallelModel
+from nanovl.parallelisms.pipeline import Pipeline
 from nanovl.spec import Model
 
 
-def parallelize(model: Model, job: Job, mesh: Mesh, modes: Modes, log: Log) -> None:
-    """Apply every parallelism the job asks for to a meta-device model, in place; each logs a count."""
-    blocks = len(model.blocks())
-    applied = []
-    recomputed = apply_activation_checkpointing(model, job.activation_checkpoint)
-    if recomputed:
-        applied.append(f"activation checkpointing ({recomputed} of {blocks} blocks)")
-    if modes.compile:
-        applied.append(f"compile ({apply_compile(model, job.compile.backend)} of {blocks} blocks)")
-    policy = job.parallelism.fsdp_reshard_after_forward
-    reshard = policy == "always" or (policy == "default" and mesh.dims.dp_shard > 1)
-    reduce_dtype: torch.dtype = getattr(torch, job.training.mixed_precision_reduce)
-    units = apply_fsdp(model, mesh.fsdp, modes.param_dtype, reduce_dtype, reshard)
-    names = [str(d).removeprefix("torch.") for d in (modes.param_dtype, reduce_dtype)]
-    applied.append(f"FSDP2 ({units} units, {names[0]} compute, {names[1]} reduce)")
-    log.say(f"  applied   {', '.join(applied)}")
+def parallelism_mistakes(model: Model, job: Job, world_size: int, device: torch.device) -> list[str]:
+    """What `job` asks for and `model`, whole and on the meta device, does not allow, one line each.
+
+    The degrees themselves must be accepted by config/check.py already.
+    """
+    return [
+        *pipeline_split.mistakes(model, job, world_size),
+        *tensor.mistakes(model, job, device),
+        *expert.mistakes(model, job),
+        *context.mistakes(model, job),
+        *_device_mistakes(model, job, device),
+    ]
+
+
+def _device_mistakes(model: Model, job: Job, device: torch.device) -> list[str]:
+    wrong = []
+    if job.parallelism.enable_cpu_offload and device.type == "cpu":
+        wrong.append(
+            "parallelism.enable_cpu_offload = true: there is no accelerator to offload from; leave it out on a CPU"
+        )
+    kernels = {m.scores.kernel for m in model.modules() if isinstance(m, AttentionCore)}
+    if "flex" in kernels and device.type != "cuda":
+        wrong.append("model: kernel = 'flex': FlexAttention trains on a GPU alone; choose auto or eager")
+    return wrong
+
+
+def cut_part(part: Model, job: Job, mesh: Mesh) -> Counter[str]:
+    """What is done to one stage before it is compiled and sharded; returns what was changed how often."""
+    config = job.parallelism
+    return Counter(
+        {
+            "tensor parallel (modules)": tensor.apply_tensor_parallel(part, config, mesh),
+            "expert parallel (layers)": expert.apply_expert_parallel(part, config, mesh),
+            "context parallel (layers)": context.apply_context_parallel(part, config, mesh),
+            "activation checkpointing (blocks)": apply_activation_checkpointing(
+                part, job.activation_checkpoint
+            ),
+        }
+    )
+
+
+def parallelize(model: Model, job: Job, mesh: Mesh, modes: Modes, log: Log) -> ParallelModel:
+    """Make a meta-device model parallel as the job asks, in place; each step that does something says so.
+
+    Raises ConfigError for what cannot be.
+    """
+    wrong = parallelism_mistakes(model, job, mesh.dims.world_size, modes.device)
+    if wrong:
+        raise ConfigError(wrong, "parallelism")
+    config = job.parallelism
+    parts, elsewhere = pipeline_split.split(model, job, mesh)
+    applied: Counter[str] = Counter()
+    for part in parts:
+        applied.update(cut_part(part, job, mesh))
+        if modes.compile:
+            applied["compile (blocks)"] += apply_compile(part, job.compile.backend)
+        applied["FSDP2 (units)"] += apply_fsdp(part, job, mesh, modes.param_dtype)
+    runner = None if mesh.size("pp") == 1 else Pipeline(parts, job, mesh, modes)
+    dtypes = f"{str(modes.param_dtype).removeprefix('torch.')} compute, {job.training.mixed_precision_reduce} reduce"
+    log.say(f"  applied   {', '.join(f'{what}: {n}' for what, n in applied.items() if n)}; {dtypes}")
+    sequence = context.sequence_cut(config, mesh)
+    return ParallelModel(parts, mesh, sequence, runner, config.fsdp_reduce_last_only, elsewhere)

@@ -1,32 +1,37 @@
 """Grouped-query attention around one replaceable child, `core`.
 
 The projections, norms and rotation belong to the model; what happens between q, k, v and the output belongs to `core`.
-Training uses `AttentionCore`; the engine puts a cached one in its place, and so will context parallelism: nothing
+Training uses `AttentionCore`; the engine puts a cached one in its place, and so does context parallelism: nothing
 else of a model changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovl.errors import ConfigError
+from nanovl.models.blocks import kernels
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, rope_tables
+from nanovl.spec import Cut, TensorPlan
 
 # B batch, T query tokens, S key tokens, D head channels (model channels in x), H query heads, K key/value heads
 
 RopeKey = tuple[RopeConfig, int]
 """A rotation and the head width it turns: layers with equal keys share their tables."""
 
+Kernel = Literal["auto", "sdpa", "eager", "flex"]
+
 
 @dataclass(kw_only=True)
 class AttentionConfig:
+    kind: Literal["attention"] = "attention"
+    """Tells it from other mixers."""
     num_attention_heads: int
     """Query heads."""
     num_key_value_heads: int
@@ -37,14 +42,27 @@ class AttentionConfig:
     """Rotary embedding; none = no positions at all (NoPE)."""
     sliding_window: int | None = None
     """Keys a query sees, itself included; none = all."""
-    qk_norm: Literal["none", "head"] = "none"
-    """RMS norm of every query and key head."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of every query and key head (`head`), or of all heads together (`full`, before the rotation)."""
     qk_norm_after_rope: bool = False
     """Norm after the rotation instead of before."""
     qk_norm_weight: bool = True
     """A learned scale in that norm."""
     qkv_bias: bool = False
     """Biases of the q, k and v projections."""
+    o_bias: bool = False
+    """Bias of the output projection."""
+    query_pre_attn_scalar: int | None = None
+    """Scores are q k / sqrt(this); none = head_dim."""
+    attn_logit_softcapping: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    sinks: bool = False
+    """A learned score for each query head that takes its share of the softmax and gives no value (GPT-OSS)."""
+    output_gate: bool = False
+    """Every channel of the heads' outputs times a sigmoid of its own, sigmoid(g_proj(x)) (arXiv:2505.06708)."""
+    kernel: Kernel = "auto"
+    """`sdpa`: torch's fused attention, without cap and sinks; `eager`: the formula, all scores in memory; `flex`:
+    FlexAttention, GPU only; `auto`: sdpa where it can, else flex on a GPU and eager elsewhere."""
 
     def mistakes(self) -> list[str]:
         """What does not fit together, as `key = value: wanted`."""
@@ -56,9 +74,46 @@ class AttentionConfig:
             )
         if self.head_dim <= 0 or self.head_dim % 2:
             wrong.append(f"head_dim = {self.head_dim}: wants an even number above 0")
+        if self.qk_norm == "full" and self.qk_norm_after_rope:
+            wrong.append("qk_norm_after_rope = true: a norm of all heads together comes before the rotation")
         if self.sliding_window is not None and self.sliding_window < 1:
             wrong.append(f"sliding_window = {self.sliding_window}: wants 1 or more (1 = only itself)")
+        for key in ("query_pre_attn_scalar", "attn_logit_softcapping"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                wrong.append(f"{key} = {value}: wants a number above 0, or none")
+        if self.kernel == "sdpa" and (self.sinks or self.attn_logit_softcapping is not None):
+            wrong.append("kernel = 'sdpa': has neither cap nor sinks; choose auto, eager or flex")
+        if self.rope is not None:
+            wrong += [f"rope.{m}" for m in self.rope.mistakes(self.head_dim)]
         return wrong
+
+    @property
+    def scores(self) -> Scores:
+        """How queries and keys become weights."""
+        scalar = self.query_pre_attn_scalar or self.head_dim
+        return Scores(scalar**-0.5, self.attn_logit_softcapping, self.sinks, self.kernel)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How queries and keys become weights, and who computes it."""
+
+    scale: float | None = None
+    """Factor on q k; None = head_dim^-0.5."""
+    softcap: float | None = None
+    sinks: bool = False
+    kernel: Kernel = "auto"
+
+    @property
+    def beyond_sdpa(self) -> bool:
+        """torch's fused attention cannot do it."""
+        return self.softcap is not None or self.sinks
+
+    @property
+    def uncompiled(self) -> Scores:
+        """The same for calls of ever new lengths, each of which FlexAttention would compile for."""
+        return replace(self, kernel="eager" if self.beyond_sdpa or self.kernel == "eager" else "sdpa")
 
 
 @dataclass
@@ -103,38 +158,78 @@ def visible(
     return mask
 
 
-class AttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(D)) v over the keys that the mask shows."""
+class MetaBuilder(nn.Module):
+    """Builds what the attention layers of a model share. A child of the model, like `core` of a layer: whoever cuts
+    the sequence puts another one in its place."""
 
-    def __init__(self, window: int | None, num_key_value_heads: int, head_dim: int) -> None:
+    def __init__(self, layers: Iterable[Any]) -> None:
+        """`layers` have a `rope_key` and a `config` with a `sliding_window`."""
+        super().__init__()
+        mixers = list(layers)
+        self.windows = {m.config.sliding_window for m in mixers}
+        self.ropes = {m.rope_key for m in mixers if m.rope_key is not None}
+
+    def forward(self, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionMeta:
+        return AttentionMeta.build(positions_BT, doc_ids_BT, self.windows, self.ropes)
+
+
+class AttentionCore(nn.Module):
+    """softmax(scale q k^T) v over the keys that the mask shows."""
+
+    def __init__(
+        self,
+        window: int | None,
+        num_key_value_heads: int,
+        head_dim: int,
+        scores: Scores = Scores(),
+        value_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.window = window
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.scores = scores
 
-    def forward(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, meta: AttentionMeta) -> Tensor:
+    def forward(
+        self,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        meta: AttentionMeta,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """-> [B, T, H, D]."""
         mask = meta.masks[self.window]
-        return attend(q_BTHD, k_BTKD, v_BTKD, mask, is_causal=mask is None)
+        return attend(
+            q_BTHD, k_BTKD, v_BTKD, mask, is_causal=mask is None, scores=self.scores, sinks_H=sinks_H
+        )
 
 
 def attend(
-    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, *, is_causal: bool = False
+    q_BTHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    scores: Scores = Scores(),
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """torch's scaled dot-product attention in our layout: [B, T, H, D] in and out, query heads grouped over K."""
-    out_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BSKD.transpose(1, 2),
-        v_BSKD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
-    )
-    return out_BHTD.transpose(1, 2)
+    """softmax(scale q k^T) v, [B, T, H, D] in and out, by the kernel that `scores` chooses; `mask` is True where a
+    query may look, [B or 1, 1, T, S]."""
+    assert scores.sinks == (sinks_H is not None)
+    args = (q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale)
+    kernel = scores.kernel
+    if kernel == "auto":
+        kernel = "sdpa" if not scores.beyond_sdpa else "flex" if q_BTHD.is_cuda else "eager"
+    if kernel == "sdpa":
+        return kernels.sdpa(*args)
+    return (kernels.flex if kernel == "flex" else kernels.eager)(*args, scores.softcap, sinks_H)
 
 
 class Attention(nn.Module):
-    """o(core(q, k, v)), with optional norms and rotation of q and k."""
+    """o(core(q, k, v)), with optional norms and rotation of q and k, and gate of the output."""
 
     def __init__(self, config: AttentionConfig, hidden_size: int, norm: NormConfig) -> None:
         super().__init__()
@@ -143,32 +238,70 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
-        qk_norm = NormConfig(eps=norm.eps, weight="ones" if config.qk_norm_weight else "none")
-        self.q_norm = RMSNorm(head_dim, qk_norm) if config.qk_norm == "head" else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, qk_norm) if config.qk_norm == "head" else nn.Identity()
-        self.core = AttentionCore(config.sliding_window, kv_heads, head_dim)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=config.o_bias)
+        self.g_proj = (
+            nn.Linear(hidden_size, heads * head_dim, bias=config.qkv_bias) if config.output_gate else None
+        )
+        self.q_norm, self.k_norm = (_qk_norm(config, n, norm) for n in (heads, kv_heads))
+        self.sinks = nn.Parameter(torch.empty(heads)) if config.sinks else None
+        self.core = AttentionCore(config.sliding_window, kv_heads, head_dim, config.scores)
 
     @property
     def rope_key(self) -> RopeKey | None:
         return None if self.config.rope is None else (self.config.rope, self.config.head_dim)
 
+    def score_flops(self, mean_keys: Callable[[int | None], float]) -> float:
+        """Forward FLOPs of one token between q, k, v and the output: 2 H (d_qk + d_v) keys."""
+        config = self.config
+        return 2.0 * config.num_attention_heads * 2 * config.head_dim * mean_keys(config.sliding_window)
+
+    def tensor_plan(self) -> TensorPlan:
+        """Heads apart."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        cuts = {
+            "q_proj": Cut("column", heads),
+            "k_proj": Cut("column", kv_heads),
+            "v_proj": Cut("column", kv_heads),
+            "o_proj": Cut("row", heads),
+        }
+        if self.config.qk_norm == "full":
+            cuts |= {"q_norm": Cut("width", heads), "k_norm": Cut("width", kv_heads)}
+        if self.sinks is not None:
+            cuts["sinks"] = Cut("heads", heads)
+        if self.g_proj is not None:
+            cuts["g_proj"] = Cut("column", heads)
+        return TensorPlan(cuts, gathers=True)
+
     def qkv(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D] and keys, normed and rotated, and values [B, T, K, D]."""
         split = (*x_BTD.shape[:2], -1, self.config.head_dim)
-        q_BTHD, k_BTKD = self.q_proj(x_BTD).view(split), self.k_proj(x_BTD).view(split)
-        if not self.config.qk_norm_after_rope:
+        q_BTD, k_BTD = self.q_proj(x_BTD), self.k_proj(x_BTD)
+        if self.config.qk_norm == "full":
+            q_BTD, k_BTD = self.q_norm(q_BTD), self.k_norm(k_BTD)
+        q_BTHD, k_BTKD = q_BTD.view(split), k_BTD.view(split)
+        if self.config.qk_norm == "head" and not self.config.qk_norm_after_rope:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if self.rope_key is not None:
             cos, sin = meta.rope[self.rope_key]
             q_BTHD, k_BTKD = apply_rope(q_BTHD, cos, sin), apply_rope(k_BTKD, cos, sin)
-        if self.config.qk_norm_after_rope:
+        if self.config.qk_norm == "head" and self.config.qk_norm_after_rope:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         return q_BTHD, k_BTKD, self.v_proj(x_BTD).view(split)
 
     def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
-        out_BTHD = self.core(*self.qkv(x_BTD, meta), meta)
-        return self.o_proj(out_BTHD.flatten(2))
+        sinks = {} if self.sinks is None else {"sinks_H": self.sinks}
+        out_BTD = self.core(*self.qkv(x_BTD, meta), meta, **sinks).flatten(2)
+        if self.g_proj is not None:
+            out_BTD = out_BTD * self.g_proj(x_BTD).sigmoid()
+        return self.o_proj(out_BTD)
+
+
+def _qk_norm(config: AttentionConfig, heads: int, norm: NormConfig) -> nn.Module:
+    if config.qk_norm == "none":
+        return nn.Identity()
+    learned = "ones" if norm.weight == "none" else norm.weight
+    norm = replace(norm, weight=learned if config.qk_norm_weight else "none")
+    return RMSNorm(config.head_dim * (heads if config.qk_norm == "full" else 1), norm)
 
 
 def raise_if(mistakes: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # B batch, T tokens, N = B*T, C tokens of a chunk, D model, V vocabulary
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""(raw logits, targets, weights, whether the gradient is wanted), as `chunk_loss`."""
 
 
 class Head(nn.Module):
@@ -24,8 +29,7 @@ class Head(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """-> logits [..., V] float32; rows that only pad the vocabulary are cut off."""
-        logits_BTV = F.linear(x_BTD, self.weight[: self.vocab_size]).float()
-        return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
+        return softcapped(F.linear(x_BTD, self.weight[: self.vocab_size]).float(), self.softcap)
 
     def cross_entropy(
         self, x_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor, chunk_tokens: int
@@ -34,18 +38,23 @@ class Head(nn.Module):
 
         `targets_BT` holds IGNORE_INDEX where there is none; such a token counts 0 whatever its weight.
         """
-        loss, nll_N = _ChunkedCrossEntropy.apply(
+        loss, nll_N = ChunkedCrossEntropy.apply(
             x_BTD.flatten(0, 1),
             self.weight[: self.vocab_size],
             targets_BT.flatten(),
             weights_BT.flatten(),
-            self.softcap,
+            partial(chunk_loss, softcap=self.softcap),
             chunk_tokens,
         )
         return loss, nll_N.view(targets_BT.shape)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """cap * tanh(logits / cap)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of a linear head, chunk by chunk.
 
     Since the loss is one weighted sum, each chunk's gradient is known up to one factor while its logits are at hand:
@@ -60,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         targets_N: Tensor,
         weights_N: Tensor,
-        softcap: float | None,
+        loss_of: ChunkLoss,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = any(ctx.needs_input_grad[:2])
@@ -71,8 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
             x_CD = x_ND[part]
-            nll_N[part], dlogits_CV = chunk_loss(
-                x_CD @ weight_VD.T, targets_N[part], weights_N[part], softcap, wants_grad
+            nll_N[part], dlogits_CV = loss_of(
+                x_CD @ weight_VD.T, targets_N[part], weights_N[part], wants_grad
             )
             if dx_ND is not None and dweight_VD is not None and dlogits_CV is not None:
                 dx_ND[part] = dlogits_CV @ weight_VD
@@ -89,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(
-    raw_CV: Tensor, targets_C: Tensor, weights_C: Tensor, softcap: float | None, wants_grad: bool
+    raw_CV: Tensor, targets_C: Tensor, weights_C: Tensor, wants_grad: bool, *, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """-log p(target) [C] float32 (0 where ignored), and the weighted gradient of the raw logits in their own dtype."""
     z_CV = raw_CV.float()

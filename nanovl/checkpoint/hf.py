@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.mesh import copy_full
 from nanovl.registry import MODELS, family
-from nanovl.spec import HuggingFaceSpec, KeyRule, ModelSpec
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelSpec
 
 
 def spec_of_directory(folder: Path) -> ModelSpec:
@@ -42,7 +43,7 @@ def spec_of_directory(folder: Path) -> ModelSpec:
 
 @torch.no_grad()
 def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Fill `model` (plain or sharded) from the safetensors of `folder`, one tensor at a time.
+    """Fill `model` (plain, sharded, or a pipeline's part) from the safetensors of `folder`, one tensor at a time.
 
     Raises CheckpointError listing every tensor that is unknown, missing or of another shape.
     """
@@ -51,31 +52,28 @@ def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     places = tensor_places(folder)
     names = KeyMap(_hf(spec.family.hf).key_rules(spec.config))
     parameters = dict(model.named_parameters())
-    wrong, found = [], {}
-    for theirs in places:
-        rule, ours = names.to_ours(theirs)
-        if rule is None or ours not in parameters:
-            wrong.append(f"unknown {theirs}")
-        else:
-            found[theirs] = (rule, ours)
-    wrong += [
-        f"missing {names.to_theirs(name)}"
-        for name in parameters.keys() - {ours for _, ours in found.values()}
-    ]
-    for file in sorted({places[theirs] for theirs in found}):
-        with safe_open(file, framework="pt") as tensors:
-            for theirs, (rule, ours) in found.items():
-                if places[theirs] != file:
-                    continue
-                value = (
-                    tensors.get_tensor(theirs)
-                    if rule.to_ours is None
-                    else rule.to_ours(tensors.get_tensor(theirs))
-                )
+    with torch.device("meta"):
+        whole = {name for name, _ in spec.family.model(spec.config).named_parameters()}
+    found = {theirs: names.group(theirs=theirs) for theirs in places}
+    # in one order on every rank: filling sharded parameters may ask the others
+    groups = dict.fromkeys(g for g in found.values() if g is not None and whole >= set(g.ours))
+    wrong = [f"unknown {theirs}" for theirs, group in found.items() if group not in groups]
+    wrong += [f"missing {theirs}" for group in groups for theirs in group.theirs if theirs not in places]
+    filled = [ours for group in groups for ours in group.ours]
+    wrong += [f"missing {theirs}" for ours in whole - set(filled) for theirs in names.theirs(ours)]
+    wrong += [f"twice, in two layouts, {ours}" for ours in set(filled) if filled.count(ours) > 1]
+    with ExitStack() as stack:
+        files = {f: stack.enter_context(safe_open(f, framework="pt")) for f in sorted(set(places.values()))}
+        for group in groups:
+            # another stage of a pipeline may have them
+            elsewhere = not parameters.keys() >= set(group.ours)
+            if elsewhere or any(theirs not in places for theirs in group.theirs):
+                continue
+            values = [files[places[theirs]].get_tensor(theirs) for theirs in group.theirs]
+            for ours, value in zip(group.ours, group.to_ours(values), strict=True):
                 if value.shape != parameters[ours].shape:
-                    wrong.append(
-                        f"{theirs} is {tuple(value.shape)}, the model wants {tuple(parameters[ours].shape)}"
-                    )
+                    shapes = f"is {tuple(value.shape)}, the model wants {tuple(parameters[ours].shape)}"
+                    wrong.append(f"{' + '.join(group.theirs[:2])} {shapes}")
                 elif not wrong:
                     copy_full(parameters[ours], value)
     if wrong:
@@ -95,10 +93,9 @@ def save_hf(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, dty
     config = {**spec.family.hf.config_to_hf(spec.config), "dtype": str(dtype).removeprefix("torch.")}
     names = KeyMap(spec.family.hf.key_rules(spec.config))
     tensors = {}
-    for ours, value in parameters.items():
-        rule = names.rule_of(ours)
-        value = value if rule.to_theirs is None else rule.to_theirs(value)
-        tensors[names.to_theirs(ours)] = value.to(dtype).contiguous()
+    for group in dict.fromkeys(names.group_of(ours) for ours in parameters):
+        values = group.to_theirs([parameters[ours] for ours in group.ours])
+        tensors.update({t: v.to(dtype).contiguous() for t, v in zip(group.theirs, values, strict=True)})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -127,37 +124,80 @@ def tensor_places(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{single}: damaged: {error}") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A key rule at one layer: whole names."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    to_theirs: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
 class KeyMap:
     """A family's key rules, applied to whole names."""
 
-    rules: list[KeyRule]
+    def __init__(self, rules: Sequence[KeyRule | KeyGroup]) -> None:
+        self._by_theirs: dict[str, KeyRule | KeyGroup] = {}
+        self._by_ours: dict[str, KeyRule | KeyGroup] = {}
+        self._groups: dict[tuple[int, str], Group] = {}
+        for rule in rules:
+            for theirs in _names(rule.theirs):
+                self._by_theirs.setdefault(theirs, rule)
+            for ours in _names(rule.ours):
+                self._by_ours.setdefault(ours, rule)
+
+    def group(self, *, theirs: str) -> Group | None:
+        """What `theirs` is read with; None where no rule matches. Equal groups are the same object."""
+        return self._find(self._by_theirs, theirs)
+
+    def group_of(self, ours: str) -> Group:
+        """What `ours` is written with. Raises CheckpointError where there is no rule."""
+        group = self._find(self._by_ours, ours)
+        if group is None:
+            raise CheckpointError(f"{ours}: the family's key map has no rule for it")
+        return group
+
+    def theirs(self, ours: str) -> tuple[str, ...]:
+        """Their names for what `ours` is written with."""
+        return self.group_of(ours).theirs
 
     def to_ours(self, theirs: str) -> tuple[KeyRule | None, str]:
-        """The rule and our name for `theirs`; (None, "") where no rule matches."""
-        for rule in self.rules:
-            layer = _layer_in(rule.theirs, theirs)
-            if layer is not None:
+        """The rule and our name for `theirs` where that is one tensor in both; (None, "") where no rule matches."""
+        for pattern, layer in _patterns(theirs):
+            if isinstance(rule := self._by_theirs.get(pattern), KeyRule):
                 return rule, rule.ours.replace("{i}", layer)
         return None, ""
 
-    def rule_of(self, ours: str) -> KeyRule:
-        """The rule for our name. Raises CheckpointError where there is none."""
-        for rule in self.rules:
-            if _layer_in(rule.ours, ours) is not None:
-                return rule
-        raise CheckpointError(f"{ours}: the family's key map has no rule for it")
-
-    def to_theirs(self, ours: str) -> str:
-        """Their name for ours."""
-        rule = self.rule_of(ours)
-        return rule.theirs.replace("{i}", _layer_in(rule.ours, ours) or "")
+    def _find(self, rules: Mapping[str, KeyRule | KeyGroup], name: str) -> Group | None:
+        for pattern, layer in _patterns(name):
+            if (rule := rules.get(pattern)) is not None:
+                if (id(rule), layer) not in self._groups:
+                    self._groups[id(rule), layer] = _at(rule, layer)
+                return self._groups[id(rule), layer]
+        return None
 
 
-def _layer_in(pattern: str, name: str) -> str | None:
-    """The number at {i} of `pattern` in `name`, "" where the pattern has none; None = no match."""
-    match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), name)
-    return None if match is None else (match[1] if match.groups() else "")
+def _names(name: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
+
+
+def _patterns(name: str) -> Iterator[tuple[str, str]]:
+    """`name` with each of its numbers as {i}, and that number; and as it is."""
+    for match in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        yield f"{name[: match.start()]}{{i}}{name[match.end() :]}", match[0]
+    yield name, ""
+
+
+def _at(rule: KeyRule | KeyGroup, layer: str) -> Group:
+    theirs, ours = (tuple(n.replace("{i}", layer) for n in _names(name)) for name in (rule.theirs, rule.ours))
+    if isinstance(rule, KeyGroup):
+        return Group(theirs, ours, rule.to_ours, rule.to_theirs)
+    return Group(theirs, ours, _each(rule.to_ours), _each(rule.to_theirs))
+
+
+def _each(convert: Callable[[Tensor], Tensor] | None) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    return lambda values: values if convert is None else [convert(value) for value in values]
 
 
 def _hf(spec: HuggingFaceSpec | None) -> HuggingFaceSpec:

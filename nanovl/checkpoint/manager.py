@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from nanovl.dist import barrier
+from nanovl.dist import all_reduce, barrier
 from nanovl.errors import CheckpointError
 from nanovl.log import Log
 
@@ -49,6 +49,9 @@ _NAME = re.compile(r"step_(\d+)")
 _FLAT = StateDictOptions(
     flatten_optimizer_state_dict=True
 )  # keyed by parameter name, so it moves between meshes
+_CHECKED = StateDictOptions(
+    strict=False
+)  # names have been compared already; a tied weight has one of its two
 
 
 def committed(folder: Path) -> list[Path]:
@@ -129,7 +132,7 @@ class Checkpointer:
             gzip.compress(json.dumps(rank_state).encode(), 1),
         )
         barrier()  # every rank's file is there before rank 0 can commit
-        state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
+        state = {"model": _model_state(self.model), "optimizer": self._optimizer_state()}
         if self.group is None:
             save_state(state, checkpoint_id=draft / "state")
             self._commit(draft, final)
@@ -156,13 +159,16 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> Restored:
         """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
         meta = read_meta(checkpoint)
-        state = {"model": get_model_state_dict(self.model), "optimizer": self._optimizer_state()}
+        state = {"model": _model_state(self.model), "optimizer": self._optimizer_state()}
         _read_state(checkpoint, state, whole=True)
-        set_model_state_dict(self.model, state["model"])
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=_FLAT)
+        set_model_state_dict(self.model, state["model"], options=_CHECKED)
+        if self.optimizers:
+            set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=_FLAT)
         return Restored(meta, read_rank_states(checkpoint))
 
     def _optimizer_state(self) -> dict[str, Any]:
+        if not self.optimizers:  # a pipeline stage in which nothing is trained
+            return {}
         return get_optimizer_state_dict(self.model, self.optimizers, options=_FLAT)
 
     def _settle(self, written: Future[Any], draft: Path, final: Path) -> None:
@@ -187,16 +193,16 @@ def save_weights(folder: Path, model: nn.Module, meta: Mapping[str, Any], files:
     _copy_all(files, draft)
     (draft / "ranks").mkdir()
     _write(draft / "meta.draft.json", json.dumps({**meta, "step": 0}, indent=2).encode())
-    save_state({"model": get_model_state_dict(model)}, checkpoint_id=draft / "state", no_dist=True)
+    save_state({"model": _model_state(model)}, checkpoint_id=draft / "state", no_dist=True)
     _publish(draft, final)
     return final
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fill `model` alone from `checkpoint`, of any mesh. Raises CheckpointError listing every key at fault."""
-    state = {"model": get_model_state_dict(model)}
+    state = {"model": _model_state(model)}
     _read_state(checkpoint, state, whole=False)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=_CHECKED)
 
 
 def read_rank_states(checkpoint: Path) -> list[dict[str, Any]]:
@@ -210,8 +216,19 @@ def read_rank_states(checkpoint: Path) -> list[dict[str, Any]]:
     return states
 
 
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    """Weights and buffers by name, a tied weight under its first name only."""
+    state = get_model_state_dict(model)
+    names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    return {name: value for name, value in state.items() if name not in tied}
+
+
 def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None:
-    """dcp.load into `state`, after comparing names and shapes; `whole` = every stored key must be wanted."""
+    """dcp.load into `state`, after comparing names and shapes; `whole` = some rank must want every stored key.
+
+    All ranks raise if one has to.
+    """
     reader = FileSystemReader(checkpoint / "state")
     try:
         metadata = reader.read_metadata()
@@ -223,14 +240,13 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
     stored = metadata.state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
     wrong = [f"missing {key}" for key in wanted if key not in stored]
-    if whole:
-        wrong += [f"unexpected {key}" for key in stored if key not in wanted]
-    else:
-        wrong += [f"unexpected {key}" for key in stored if key.startswith("model.") and key not in wanted]
+    known = [key for key in sorted(stored) if whole or key.startswith("model.")]
+    wrong += [f"unexpected {key}" for key in _wanted_nowhere(known, wanted)]
     for key, value in wanted.items():
         size = getattr(stored.get(key), "size", None)
         if size is not None and isinstance(value, torch.Tensor) and tuple(size) != tuple(value.shape):
             wrong.append(f"{key} is {tuple(size)}, the model wants {tuple(value.shape)}")
+    wrong = _of_all_ranks(wrong)
     if wrong:
         listed = "".join(f"\n  {line}" for line in wrong)
         raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
@@ -243,6 +259,21 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
     except CheckpointException as error:  # a BaseException: it carries what went wrong on every rank
         reasons = "; ".join(sorted({repr(failure[0]) for failure in error.failures.values()}))
         raise CheckpointError(f"{checkpoint}/state: damaged: {reasons}; choose an earlier step") from error
+
+
+def _wanted_nowhere(keys: Sequence[str], wanted: Collection[str]) -> list[str]:
+    """The keys that no rank wants: stages of a pipeline want different ones."""
+    is_wanted = all_reduce(torch.tensor([key in wanted for key in keys], dtype=torch.uint8), "max")
+    return [key for key, here in zip(keys, is_wanted.tolist(), strict=True) if not here]
+
+
+def _of_all_ranks(lines: list[str]) -> list[str]:
+    """Every rank's lines, each once."""
+    if not dist.is_initialized():
+        return lines
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, lines)
+    return list(dict.fromkeys(line for theirs in everyone for line in theirs))
 
 
 def _check_shards(folder: Path, places: Mapping[Any, Any]) -> None:

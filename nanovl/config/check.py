@@ -16,6 +16,7 @@ def check_job(job: Job, world_size: int) -> list[str]:
     return [
         *_bounds(job),
         *_degrees(job, world_size),
+        *_sequence(job),
         *_batch(job, world_size),
         *_tokenizer(job),
         *_sources(job),
@@ -24,8 +25,10 @@ def check_job(job: Job, world_size: int) -> list[str]:
 
 
 def data_parallel_degree(job: Job, world_size: int) -> int:
-    """Ranks that read different rows; every rank does, until another parallelism shares one."""
-    return world_size
+    """Ranks that read different rows: those of one tensor, context or pipeline group read the same."""
+    p = job.parallelism
+    shared = p.tensor_parallel_degree * p.context_parallel_degree * p.pipeline_parallel_degree
+    return max(1, world_size // shared)
 
 
 def _bounds(job: Job) -> list[str]:
@@ -43,14 +46,19 @@ def _bounds(job: Job) -> list[str]:
         ("profiling.profile_freq", job.profiling.profile_freq),
         ("profiling.profiler_active", job.profiling.profiler_active),
         ("optimizer.muon.iterations", job.optimizer.muon.iterations),
+        ("comm.init_timeout_seconds", job.comm.init_timeout_seconds),
+        ("comm.train_timeout_seconds", job.comm.train_timeout_seconds),
+        ("comm.max_clock_skew_seconds", job.comm.max_clock_skew_seconds),
     ]
     not_negative = [
+        ("parallelism.pipeline_parallel_stages_per_rank", job.parallelism.pipeline_parallel_stages_per_rank),
         ("training.steps", job.training.steps),
         ("training.global_batch_size", job.training.global_batch_size),
         ("training.local_batch_size", job.training.local_batch_size),
         ("training.max_norm", job.training.max_norm),
         ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
         ("training.gc_freq", job.training.gc_freq),
+        ("training.max_skipped_steps", job.training.max_skipped_steps),
         ("optimizer.lr", job.optimizer.lr),
         ("optimizer.eps", job.optimizer.eps),
         ("optimizer.weight_decay", job.optimizer.weight_decay),
@@ -66,6 +74,8 @@ def _bounds(job: Job) -> list[str]:
         ("sampling.top_k", job.sampling.top_k),
         ("profiling.profiler_warmup", job.profiling.profiler_warmup),
         ("optimizer.muon.momentum_warmup_steps", job.optimizer.muon.momentum_warmup_steps),
+        ("optimizer.muon.qk_clip", job.optimizer.muon.qk_clip),
+        ("comm.trace_buf_size", job.comm.trace_buf_size),
         ("debug.seed", job.debug.seed),
     ]
     fractions = [
@@ -87,41 +97,91 @@ def _bounds(job: Job) -> list[str]:
 
 
 def _degrees(job: Job, world_size: int) -> list[str]:
-    replicate = job.parallelism.data_parallel_replicate_degree
-    shard = job.parallelism.data_parallel_shard_degree
+    """Degrees that cannot make up the world; what the model's heads and layers allow is parallelisms/apply.py's."""
+    p = job.parallelism
+    shard = p.data_parallel_shard_degree
+    factors = {
+        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
+        "context_parallel_degree": p.context_parallel_degree,
+        "tensor_parallel_degree": p.tensor_parallel_degree,
+        "pipeline_parallel_degree": p.pipeline_parallel_degree,
+    }
+    experts = {
+        "expert_parallel_degree": p.expert_parallel_degree,
+        "expert_tensor_parallel_degree": p.expert_tensor_parallel_degree,
+    }
     wrong = [
-        f"parallelism.{name} = {value}: wants {wanted}"
-        for name, value, ok, wanted in (
-            ("data_parallel_replicate_degree", replicate, replicate >= 1, "1 or more"),
-            (
-                "data_parallel_shard_degree",
-                shard,
-                shard == -1 or shard >= 1,
-                "1 or more, or -1 for all that are left",
-            ),
-        )
-        if not ok
+        f"parallelism.{name} = {value}: wants 1 or more"
+        for name, value in {**factors, **experts}.items()
+        if value < 1
     ]
+    if shard != -1 and shard < 1:
+        wrong.append(
+            f"parallelism.data_parallel_shard_degree = {shard}: wants 1 or more, or -1 for all that are left"
+        )
     if wrong:
         return wrong
-    if shard == -1 and world_size % replicate:
+    product = math.prod(factors.values())
+    used = [(name, value) for name, value in factors.items() if value > 1]
+    made_of = " x ".join(f"{name} {value}" for name, value in used)
+    if shard == -1 and world_size % product:
+        if len(used) == 1:
+            name, value = used[0]
+            return [
+                f"parallelism.{name} = {value} does not divide the {world_size} ranks; "
+                f"use {_nearest_divisors(value, world_size)}, or launch a multiple of {value}"
+            ]
         return [
-            f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the {world_size} ranks; "
-            f"use {_nearest_divisors(replicate, world_size)}"
+            f"parallelism: {made_of} = {product} does not divide the {world_size} ranks; "
+            f"launch a multiple of {product}, or lower one of them"
         ]
-    if shard != -1 and replicate * shard != world_size:
+    if shard != -1 and product * shard != world_size:
         return [
-            f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} = "
-            f"{replicate * shard}, but the job has {world_size} ranks; "
+            f"parallelism: {made_of + ' x ' if made_of else ''}data_parallel_shard_degree {shard} = "
+            f"{product * shard}, but the job has {world_size} ranks; "
             "launch that many, or set data_parallel_shard_degree = -1"
         ]
-    return []
+    return _expert_degrees(job, world_size // product if shard == -1 else shard)
+
+
+def _expert_degrees(job: Job, shard: int) -> list[str]:
+    """Experts borrow the ranks of fsdp x tp."""
+    p, wrong = job.parallelism, []
+    ep, etp, tp = p.expert_parallel_degree, p.expert_tensor_parallel_degree, p.tensor_parallel_degree
+    lent = shard * p.context_parallel_degree * tp
+    if etp not in (1, tp):
+        wrong.append(
+            f"parallelism.expert_tensor_parallel_degree = {etp}: wants 1, or tensor_parallel_degree = {tp}"
+        )
+    elif lent % (ep * etp):
+        wrong.append(
+            f"parallelism.expert_parallel_degree = {ep}{f' x expert_tensor_parallel_degree {etp}' if etp > 1 else ''} "
+            f"does not divide the {lent} ranks of dp_shard x cp x tp that experts can use; "
+            f"use {_nearest_divisors(ep, lent // etp)}"
+        )
+    return wrong
 
 
 def _nearest_divisors(number: int, of: int) -> str:
     divisors = [d for d in range(1, of + 1) if of % d == 0]
     near = sorted(sorted(divisors, key=lambda d: abs(d - number))[:2])
     return " or ".join(map(str, near))
+
+
+def _sequence(job: Job) -> list[str]:
+    """Rows are cut into 2 cp chunks, and the chunks of a rank over its tensor group."""
+    p, length = job.parallelism, job.training.seq_len
+    cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
+    unit = (2 * cp if cp > 1 else 1) * tp
+    if min(cp, tp, length) < 1 or length % unit == 0:
+        return []
+    low, high = length // unit * unit, -(-length // unit) * unit
+    near = f"{low} or {high}" if low else f"{high}"
+    parts = [
+        *(["2 x context_parallel_degree"] if cp > 1 else []),
+        *(["tensor_parallel_degree"] if tp > 1 else []),
+    ]
+    return [f"training.seq_len = {length} is not a multiple of {' x '.join(parts)} = {unit}; use {near}"]
 
 
 def _batch(job: Job, world_size: int) -> list[str]:
@@ -209,5 +269,10 @@ def _optimizer(job: Job) -> list[str]:
         mistakes.append(
             f"optimizer.muon.iterations = {job.optimizer.muon.iterations}: polar_express has coefficients for 5; "
             'use 5 or fewer, or orthogonalization = "newton_schulz"'
+        )
+    if job.optimizer.muon.qk_clip > 0 and job.parallelism.context_parallel_degree > 1:
+        mistakes.append(
+            f"optimizer.muon.qk_clip = {job.optimizer.muon.qk_clip}: cannot see the logits of tokens on other ranks; "
+            "set it to 0, or parallelism.context_parallel_degree = 1"
         )
     return mistakes

@@ -79,9 +79,8 @@ def check_types(
             dotted = prefix + ".".join(map(str, loc))
             came_from = f" (from {origins[dotted]})" if dotted in origins else ""
             if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                lines.append(
-                    f"{dotted}: no such key{came_from}{_did_you_mean(str(loc[-1]), field_names(kind, loc[:-1]))}"
-                )
+                hint = _did_you_mean(str(loc[-1]), field_names(kind, item["loc"][:-1]))
+                lines.append(f"{dotted}: no such key{came_from}{hint}")
             elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
                 lines.append(f"{dotted}: missing; give it a value")
             else:
@@ -90,7 +89,8 @@ def check_types(
 
 
 def field_names(kind: Any, path: Sequence[str | int]) -> list[str]:
-    """Keys that stand at `path` below dataclass `kind`; [] where the path leaves the schema."""
+    """Keys that stand at `path` below dataclass `kind`; [] where the path leaves the schema. In a union of dataclasses
+    the path names the one that is meant, as pydantic does."""
     for part in path:
         kind = _type_at(kind, part)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
@@ -227,6 +227,8 @@ def _type_at(kind: Any, part: str | int) -> Any:
     options = [a for a in typing.get_args(kind) if dataclasses.is_dataclass(a)] or [kind]
     for option in options:
         if dataclasses.is_dataclass(option):
+            if len(options) > 1 and getattr(option, "__name__", "") == part:
+                return option
             hint = typing.get_type_hints(option).get(str(part))
             if hint is not None:
                 return hint

@@ -91,6 +91,8 @@ class Training:
     """Rows an optimizer step; 0 = chosen by `optimizer.scaling`, or one local batch a rank."""
     max_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 = only measure it."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss or gradient norm that are skipped, on all ranks; one more ends the run."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of compute and of gathered weights; masters stay float32. `auto`: the fastest known here."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
@@ -145,6 +147,9 @@ class Muon:
     """NorMuon: even out the update per row or column by its second moment (arXiv:2510.05491)."""
     cautious_weight_decay: bool = True
     """Decay only where the update and the weight have the same sign."""
+    qk_clip: float = 0.0
+    """Largest attention logit before a head's query and key weights are scaled down (QK-clip, arXiv:2507.20534; Kimi K2
+    has 100); 0 = off. For attention without norms of queries and keys."""
 
 
 @dataclass(kw_only=True)
@@ -187,13 +192,46 @@ class Parallelism:
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy (FSDP2); -1 = all that are left."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered weights between forward and backward; `default`: when they are sharded over more than one rank."""
+    """Free gathered weights between forward and backward; `default`: when they are sharded over more than one rank,
+    and no pipeline runs many micro-batches through them."""
+    fsdp_reduce_last_only: bool = False
+    """Sum gradients over ranks after the last micro-batch only: less traffic, but whole gradients stay in memory."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory between uses; wants a GPU."""
+    tensor_parallel_degree: int = 1
+    """Ranks that share every layer's heads and channels, and the sequence between layers."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel transfers with matrix products, by compiling them together; wants a GPU and compile."""
+    pipeline_parallel_degree: int = 1
+    """Ranks that hold successive layers."""
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """Order of the micro-batches' forwards and backwards. A micro-batch has `training.local_batch_size` rows; the
+    schedules after 1F1B keep two stages or more on a rank."""
+    pipeline_parallel_stages_per_rank: int = 0
+    """Stages a rank holds; 0 = one, or two where the schedule interleaves."""
+    pipeline_parallel_layers: list[int] = field(default_factory=list)
+    """Layers of each stage, first to last; empty = split by estimated FLOPs, embedding and head included."""
+    context_parallel_degree: int = 1
+    """Ranks that share every row's tokens."""
+    context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
+    """How attention sees the other ranks' tokens: gather all keys and values; pass them around in a ring; or exchange
+    tokens for heads (arXiv:2309.14509)."""
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """Tokens of a rank: one chunk from the row's head and one from its tail, which evens out causal attention; or one
+    chunk. `ulysses` is even without."""
+    expert_parallel_degree: int = 1
+    """Ranks that share a layer's experts; taken from the data and tensor ranks, not a factor of the world."""
+    expert_tensor_parallel_degree: int = 1
+    """Ranks that share one expert's channels: 1, or `tensor_parallel_degree`."""
 
 
 @dataclass(kw_only=True)
 class ActivationCheckpoint:
-    mode: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in backward: of no block, of every `every_n_layers`th, of all."""
+    mode: Literal["none", "selective", "op", "full"] = "none"
+    """Recompute activations in backward: of no block, of every `every_n_layers`th, of all; or of all but the costly
+    operations' (`op`: attention, every second matrix product and collectives are kept)."""
     every_n_layers: int = 2
     """Blocks from one recomputed block to the next, for `selective`."""
 
@@ -269,6 +307,21 @@ class Profiling:
 
 
 @dataclass(kw_only=True)
+class Comm:
+    init_timeout_seconds: int = 300
+    """Seconds a collective may wait for the slowest rank until this process has done its first step, which loads,
+    compiles and connects."""
+    train_timeout_seconds: int = 100
+    """Seconds a collective may wait after that step. One rank that hangs ends the run this much later."""
+    trace_buf_size: int = 20_000
+    """Latest collectives each rank remembers, written to `traces/` of the run folder when one hangs; 0 = none."""
+    check_at_start: bool = True
+    """Let the ranks of a job compare code, config and clocks and try an all-reduce before anything else."""
+    max_clock_skew_seconds: float = 5.0
+    """Seconds that a rank's clock may differ from the others' at start."""
+
+
+@dataclass(kw_only=True)
 class Debug:
     seed: int = 42
     """Source of all randomness: initial weights, data order, samples."""
@@ -295,4 +348,5 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
     debug: Debug = field(default_factory=Debug)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanovl.dist import all_reduce
 from nanovl.models.blocks.head import Head
 from nanovl.spec import Batch
 
@@ -28,49 +27,50 @@ class BitsPerByte:
     tokens: int
 
 
-@torch.no_grad()
 def bits_per_byte(
-    model: nn.Module,
+    run: Callable[[Batch, Any], Any],
     batches: Sequence[Batch],
     token_bytes_V: Tensor,
+    device: torch.device,
     *,
-    loss_group: dist.ProcessGroup | None = None,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
     chunk_tokens: int = 2048,
 ) -> BitsPerByte:
-    """Measure `model` on `batches`; special tokens (0 bytes) and ignored targets count in neither sum.
+    """Measure a model on `batches`; special tokens (0 bytes) and ignored targets count in neither sum.
 
-    Every rank of `loss_group` must bring the same number of batches.
+    `run(batch, objective)` runs the model in evaluation mode and returns the objective of (head, hidden states, the
+    tokens that are here), or None where another rank has it, such as ParallelModel.evaluate; `total` adds up over
+    ranks. All ranks must bring the same number of batches.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
     token_bytes_V = token_bytes_V.to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in batches:
-        targets_BT = batch["targets_BT"].to(device)
-        counted_BT = (batch["weights_BT"].to(device) > 0) & (targets_BT >= 0)
+
+    def count(head: Head, x_BTD: Tensor, batch: Batch) -> Tensor:
+        targets_BT = batch["targets_BT"]
+        counted_BT = (batch["weights_BT"] > 0) & (targets_BT >= 0)
         bytes_BT = token_bytes_V[targets_BT.clamp(min=0)] * counted_BT
-
-        def nll(head: Head, x_BTD: Tensor, targets_BT: Tensor = targets_BT) -> Tensor:
-            return head.cross_entropy(
-                x_BTD, targets_BT, torch.ones_like(targets_BT, dtype=torch.float32), chunk_tokens
-            )[1]
-
-        nll_BT = model(
-            batch["tokens_BT"].to(device),
-            batch["positions_BT"].to(device),
-            batch["doc_ids_BT"].to(device),
-            objective=nll,
-        )
+        weights_BT = torch.ones_like(batch["weights_BT"])
+        nll_BT = head.cross_entropy(x_BTD, targets_BT, weights_BT, chunk_tokens)[1].double()
         has_bytes_BT = bytes_BT > 0
-        sums += torch.stack(
-            ((nll_BT.double() * has_bytes_BT).sum(), bytes_BT.sum().double(), has_bytes_BT.sum().double())
+        return torch.stack(
+            ((nll_BT * has_bytes_BT).sum(), bytes_BT.sum().double(), has_bytes_BT.sum().double())
         )
-    model.train(was_training)
-    nats, num_bytes, tokens = all_reduce(sums, group=loss_group).tolist()
+
+    for batch in batches:
+        found = run({key: value.to(device) for key, value in batch.items()}, count)
+        if found is not None:
+            sums += found
+    nats, num_bytes, tokens = total(sums).tolist()
     return BitsPerByte(
         nats / (math.log(2) * num_bytes) if num_bytes else math.inf, nats, int(num_bytes), int(tokens)
     )
+
+
+@torch.no_grad()
+def run_alone(model: nn.Module, batch: Batch, objective: Any) -> Any:
+    """`objective` on one process's whole model."""
+    arguments = (batch["tokens_BT"], batch["positions_BT"], batch["doc_ids_BT"])
+    return model(*arguments, objective=lambda head, x_BTD: objective(head, x_BTD, batch))
 
 
 def compressor_bpb(text: bytes) -> dict[str, float]:

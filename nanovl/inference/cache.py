@@ -1,8 +1,8 @@
 """Keys, values and last embeddings of running requests, and the children of a model that keep them.
 
 The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
-`CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit. Another child
-that looks at earlier tokens needs its cached form in `cached_form`.
+`CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit; those of Gated DeltaNet
+by what states.py has. Another child that looks at earlier tokens needs its cached form in `cached_form`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from nanovl.inference.request import RequestError
+from nanovl.inference.states import State, grown, state_of
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, attend
 from nanovl.models.nanochat import PreviousToken
 
@@ -93,20 +95,24 @@ class Feed:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """What the cache takes: `slots` x `places` tokens of `bytes_per_token`, allocated so far."""
+    """What the cache takes: `slots` x `places` tokens of `bytes_per_token`, and states, allocated so far."""
 
     slots: int
     places: int
     bytes_per_token: int
     """Keys and values of one token in all layers."""
+    bytes_per_slot: int = 0
+    """What layers keep of a request in a fixed size."""
 
     @property
     def bytes(self) -> int:
-        return self.slots * self.places * self.bytes_per_token
+        return self.slots * (self.places * self.bytes_per_token + self.bytes_per_slot)
 
     def __str__(self) -> str:
-        tokens = f"{self.slots} slots x {self.places} tokens"
-        return f"{self.bytes / 2**20:.1f} MiB: {tokens} x {self.bytes_per_token:,} bytes"
+        states = f" + {self.bytes_per_slot:,} bytes" if self.bytes_per_slot else ""
+        tokens = f"{self.places} tokens x {self.bytes_per_token:,} bytes"
+        slot = f"({tokens}{states})" if states else tokens
+        return f"{self.bytes / 2**20:.1f} MiB: {self.slots} slots x {slot}"
 
 
 class KVCache:
@@ -127,7 +133,8 @@ class KVCache:
             if (cached := cached_form(child, self)) is not None
         ]
         self._cores = [cached for *_, cached in self._seats if isinstance(cached, CachedCore)]
-        if not self._cores:
+        self._states = [cached for *_, cached in self._seats if isinstance(cached, State)]
+        if not self._cores and not self._states:
             name = type(model).__name__
             raise RequestError(
                 f"Engine: {name} has no AttentionCore; give it a model built of nanovl's blocks"
@@ -161,7 +168,8 @@ class KVCache:
     def memory(self) -> CacheMemory:
         """What is reserved; before the first forward, as if computed in the dtype of the weights."""
         per_token = sum(core.bytes_per_token(self._weights_dtype) for core in self._cores)
-        return CacheMemory(self.slots, self.places, per_token)
+        per_slot = sum(state.bytes_per_slot(self._weights_dtype) for state in self._states)
+        return CacheMemory(self.slots, self.places, per_token, per_slot)
 
 
 class CachedCore(nn.Module):
@@ -171,27 +179,37 @@ class CachedCore(nn.Module):
         super().__init__()
         self.cache = cache
         self.window = core.window
-        self.num_key_value_heads, self.head_dim = core.num_key_value_heads, core.head_dim
+        self.num_key_value_heads = core.num_key_value_heads
+        self.channels = core.head_dim + core.value_dim
+        self.scores = core.scores.uncompiled
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def forward(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, meta: AttentionMeta) -> Tensor:
+    def forward(
+        self,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        meta: AttentionMeta,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """-> [B, T, H, D]."""
         feed = self.cache.feed
         assert feed is not None, "a cached core outside of KVCache.installed"
-        self.k = _grown(self.k, (self.cache.slots, self.cache.places, *k_BTKD.shape[2:]), k_BTKD)
-        self.v = _grown(self.v, (self.cache.slots, self.cache.places, *v_BTKD.shape[2:]), v_BTKD)
+        self.k = grown(self.k, (self.cache.slots, self.cache.places, *k_BTKD.shape[2:]), k_BTKD)
+        self.v = grown(self.v, (self.cache.slots, self.cache.places, *v_BTKD.shape[2:]), v_BTKD)
         self.k[feed.slots_N, feed.places_N] = feed.without_padding(k_BTKD)
         self.v[feed.slots_N, feed.places_N] = feed.without_padding(v_BTKD)
         keys = feed.keys(self.window)
         read = (feed.slots, slice(keys.first, keys.stop))
         k_BSKD, v_BSKD = self.k[read], self.v[read]
         batch, tokens, heads, head_dim = q_BTHD.shape
-        if tokens > 1:
-            return attend(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal)
+        how = partial(attend, scores=self.scores)
+        if tokens > 1 or sinks_H is not None:
+            return how(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal, sinks_H=sinks_H)
         # the query heads of one key head, taken for that many tokens, read each key once instead of once each
         grouped = q_BTHD.view(batch, k_BSKD.shape[2], -1, head_dim).transpose(1, 2)
-        out = attend(grouped, k_BSKD, v_BSKD, keys.mask)
+        out = how(grouped, k_BSKD, v_BSKD, keys.mask)
         return out.transpose(1, 2).reshape(batch, 1, heads, -1)
 
     def stores(self) -> list[Tensor]:
@@ -201,7 +219,7 @@ class CachedCore(nn.Module):
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Of keys and values; `dtype` where none have arrived yet."""
         if self.k is None or self.v is None:
-            return 2 * self.num_key_value_heads * self.head_dim * dtype.itemsize
+            return self.num_key_value_heads * self.channels * dtype.itemsize
         return self.k[0, 0].nbytes + self.v[0, 0].nbytes
 
 
@@ -216,7 +234,7 @@ class CachedPrevious(nn.Module):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         feed = self.cache.feed
         assert feed is not None, "a cached child outside of KVCache.installed"
-        self.last = _grown(self.last, (self.cache.slots, x_BTD.shape[-1]), x_BTD)
+        self.last = grown(self.last, (self.cache.slots, x_BTD.shape[-1]), x_BTD)
         before_BTD = torch.cat((self.last[feed.slots][:, None], x_BTD[:, :-1]), dim=1)
         self.last[feed.slots] = x_BTD[feed.last]
         return before_BTD * (positions_BT > 0)[..., None]
@@ -226,18 +244,8 @@ class CachedPrevious(nn.Module):
         return [] if self.last is None else [self.last]
 
 
-def cached_form(child: nn.Module, cache: KVCache) -> CachedCore | CachedPrevious | None:
+def cached_form(child: nn.Module, cache: KVCache) -> CachedCore | CachedPrevious | State | None:
     """What stands for `child` in the engine; None where it looks at no other token."""
     if isinstance(child, AttentionCore):
         return CachedCore(child, cache)
-    return CachedPrevious(cache) if isinstance(child, PreviousToken) else None
-
-
-def _grown(store: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """`store` with room for `shape`, what it holds kept and the rest 0; new memory is as `like`."""
-    if store is not None and all(have >= want for have, want in zip(store.shape, shape, strict=True)):
-        return store
-    grown = like.new_zeros(shape)
-    if store is not None:
-        grown[tuple(slice(size) for size in store.shape)] = store
-    return grown
+    return CachedPrevious(cache) if isinstance(child, PreviousToken) else state_of(child, cache)

@@ -86,7 +86,7 @@ class Engine:
         release_gathered(self.model)  # so that its parameters show how they are sharded
         self.mesh = mesh_of(self.model)
         self.device = next(self.model.parameters()).device
-        self.without_text_V = self._ids_without_text()
+        self.without_text_V = ids_without_text(self.tokenizer, self.vocab_size, self.device)
         self.cache = KVCache(self.model)
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
@@ -281,19 +281,20 @@ class Engine:
             finish_reason=reason,
         )
 
-    def _ids_without_text(self) -> Tensor | None:
-        """Entries of the model's vocabulary that the tokenizer knows nothing of, bool [V]: never chosen."""
-        if self.tokenizer is None:
-            return None
-        without_V = torch.ones(self.vocab_size, dtype=torch.bool)
-        lengths = torch.from_numpy(self.tokenizer.token_bytes())[: self.vocab_size]
-        without_V[: len(lengths)] = lengths == 0
-        without_V[[i for i in self.special_ids() if i < self.vocab_size]] = False
-        return without_V.to(self.device) if without_V.any() else None
-
     def _require_idle(self, method: str) -> None:
         if self.busy:
             count = len(self.waiting) + len(self.running)
             raise RequestError(
                 f"Engine.{method}: {count} requests are not finished; step() while busy, or cancel them"
             )
+
+
+def ids_without_text(tokenizer: AnyTokenizer | None, vocab_size: int, device: torch.device) -> Tensor | None:
+    """Entries of a model's vocabulary that the tokenizer knows nothing of, bool [V]: never chosen."""
+    if tokenizer is None:
+        return None
+    without_V = torch.ones(vocab_size, dtype=torch.bool)
+    lengths = torch.from_numpy(tokenizer.token_bytes())[:vocab_size]
+    without_V[: len(lengths)] = lengths == 0
+    without_V[[i for i in tokenizer.special_ids.values() if i < vocab_size]] = False
+    return without_V.to(device) if without_V.any() else None

@@ -47,7 +47,9 @@ def load(
     model.to_empty(device=place)
     model.init_buffers(place)
     fill(model, source, spec)
-    model.to(_dtype(dtype)).eval().requires_grad_(False)
+    for parameter in model.parameters():  # buffers keep their precision: routers balance loads by thousandths
+        parameter.data = parameter.data.to(_dtype(dtype))
+    model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(source if checkpoint is None else checkpoint / "tokenizer")
     return Loaded(model, tokenizer, None if checkpoint is None else Run(checkpoint).read_job(), spec, source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class Optimizers:
         batch_factor: float = 1.0,
         decay_factor: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
+        all_sizes: Mapping[str, int] | None = None,
     ) -> None:
         """`width_factor` and `batch_factor` scale lr of groups that ask, `decay_factor` Muon's weight decay.
 
@@ -56,7 +57,7 @@ class Optimizers:
         self.config = optimizer
         self.lr_schedule = lr_schedule
         self.steps = steps
-        self.groups = assign(named_parameters, groups)
+        self.groups = assign(named_parameters, groups, all_sizes)
         self.optimizers: list[torch.optim.Optimizer] = []
         self._written: list[list[GroupPeak]] = []  # one for each param group of each optimizer
         self.peaks = [
@@ -98,8 +99,8 @@ class Optimizers:
         header = ["group", "rule", "parameters", "elements", "peak lr", "weight decay"]
         rows: list[list[object]] = []
         for peak in self.peaks:
-            config, names, elements = peak.assigned.config, peak.assigned.parameters, peak.assigned.elements
-            rows.append([config.match, config.kind, len(names), elements, peak.lr, peak.weight_decay])
+            config, count, elements = peak.assigned.config, peak.assigned.count, peak.assigned.elements
+            rows.append([config.match, config.kind, count, elements, peak.lr, peak.weight_decay])
         return header, rows
 
     def _peak(self, assigned: Assigned, width: float, batch: float, decay: float) -> GroupPeak:

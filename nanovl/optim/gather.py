@@ -1,19 +1,17 @@
 """Whole matrices out of sharded ones: who works on which, and how the pieces travel there and back.
 
-Muon's direction needs the whole matrix. There are three ways to it, for a stack of equal parameters:
-
-    whole      no mesh axis cuts rows or columns (one rank, replicas, experts apart): nothing travels
-    exchange   one mesh axis cuts rows (FSDP2, HSDP): each of its ranks gets an equal share of the matrices
-               whole, in one all-to-all, and sends the results back in another; none is computed twice
-    full       everything else (tensor parallel, 2-D shards): every rank gathers and computes every matrix
-
-Ranks along replicated axes repeat each other's work. The choice looks only at what all ranks know alike.
+Muon's direction needs the whole matrix. The ranks that hold pieces of the same matrices, replicas included, are a
+*team*: all ranks of the mesh that agree on the axes which cut the stack (experts apart). A team shares out its
+matrices evenly. One all-to-all brings each owner every piece of its matrices once, from its own replica; it computes;
+another all-to-all brings every rank its pieces of the result. So no matrix is computed twice on any mesh, and a team
+of one (one rank, experts apart and not replicated) sends nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -21,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-WholeMatrices = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""From values [n, rows, cols] and side values, [n, rows, 1], [n, 1, cols] or none, to new ones alike."""
+WholeMatrices = Callable[[list[Tensor]], list[Tensor]]
+"""From stacks of whole matrices, each [n, rows, cols], to new ones of the same shapes."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,18 @@ class Layout:
             return Layout(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
         return Layout(tensor.shape)
 
-    def cuts(self) -> list[int]:
-        """Mesh axes that cut rows or columns: several ranks, not replicated, not along batch dimensions."""
-        return [
-            axis
-            for axis, placement in enumerate(self.placements)
-            if self.mesh is not None
-            and self.mesh.size(axis) > 1
-            and not isinstance(placement, Replicate)
-            and placement.dim >= len(self.shape) - 2
-        ]
-
-    def ranks(self) -> int:
-        """Ranks that share one copy of the parameter."""
-        if self.mesh is None:
-            return 1
-        return prod(self.mesh.size(i) for i, p in enumerate(self.placements) if not isinstance(p, Replicate))
+    def axes(self, cutting: Callable[[int], bool]) -> list[int]:
+        """Mesh axes whose cut dimension satisfies `cutting`."""
+        return [i for i, p in enumerate(self.placements) if not p.is_replicate() and cutting(p.dim)]
 
     def without(self, dim: int) -> Layout:
         """This layout with `dim` shrunk to one, so replicated where it was cut."""
         dim %= len(self.shape)
         shape = torch.Size(1 if i == dim else size for i, size in enumerate(self.shape))
-        cut = (not isinstance(p, Replicate) and p.dim == dim for p in self.placements)
-        placements = tuple(Replicate() if c else p for c, p in zip(cut, self.placements, strict=True))
-        return Layout(shape, self.mesh, placements)
+        cut = self.axes(lambda d: d == dim)
+        return Layout(
+            shape, self.mesh, tuple(Replicate() if i in cut else p for i, p in enumerate(self.placements))
+        )
 
     def wrap(self, local: Tensor) -> Tensor:
         """This rank's shard as a tensor of the whole."""
@@ -75,60 +62,30 @@ class Layout:
             local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
         )
 
-    def full(self, local: Tensor) -> Tensor:
-        """The whole tensor, from all ranks' shards."""
-        whole = self.wrap(local)
-        return whole.full_tensor() if isinstance(whole, DTensor) else whole
+    def piece(self, coordinate: Sequence[int]) -> tuple[slice, ...]:
+        """What the rank at `coordinate` of the mesh holds, a slice for each dimension.
 
-    def shard(self, full: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor that every rank has."""
-        if self.mesh is None:
-            return full
-        return local_of(distribute_tensor(full, self.mesh, self.placements, src_data_rank=None))
+        FSDP2 over tensor parallelism cuts a dimension a second time, from an axis further left; its strided shard says
+        so. Axes are therefore taken from left to right, but strided ones last, from right to left.
+        """
+        starts, stops, parts = [0] * len(self.shape), list(self.shape), [1] * len(self.shape)
+        strided = [i for i, p in enumerate(self.placements) if isinstance(p, _StridedShard)]
+        plain = [i for i, p in enumerate(self.placements) if isinstance(p, Shard) and i not in strided]
+        for axis in (*plain, *reversed(strided)):
+            assert self.mesh is not None
+            placement, ranks = self.placements[axis], self.mesh.size(axis)
+            dim = placement.dim
+            assert axis in plain or placement.split_factor == parts[dim], f"{self.placements}: not of FSDP2"
+            chunk = -(-(stops[dim] - starts[dim]) // ranks)  # rounded up, as torch.chunk has it
+            starts[dim] = min(starts[dim] + chunk * coordinate[axis], stops[dim])
+            stops[dim] = min(starts[dim] + chunk, stops[dim])
+            parts[dim] *= ranks
+        return tuple(map(slice, starts, stops))
 
 
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's shard, sharing its memory (under no_grad)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def on_whole_matrices(
-    function: WholeMatrices,
-    values: Tensor,
-    side: Tensor | None,
-    layout: Layout,
-    side_layout: Layout,
-    turn: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """`function` of the whole matrices, given and returned as this rank's shards, stacked [n, *local].
-
-    Every rank of the mesh must call this with the same n. `turn` rotates who gets the matrices left over when
-    the ranks do not divide their number: pass how many were handed out before.
-    """
-    cuts = layout.cuts()
-    if cuts and not _only_rows(layout, cuts):
-        return _full(function, values, side, layout, side_layout)
-    matrices, flat_side = values.flatten(0, -3), None if side is None else side.flatten(0, -3)
-    if cuts and layout.mesh is not None:
-        group = layout.mesh.get_group(cuts[0])
-        result, new_side = _exchange(function, matrices, flat_side, layout.shape[-2], group, turn)
-    else:
-        result, new_side = function(matrices, flat_side)
-    if side is None or new_side is None:
-        return result.reshape(values.shape), None
-    return result.reshape(values.shape), new_side.reshape(side.shape)
-
-
-def _only_rows(layout: Layout, cuts: list[int]) -> bool:
-    """Whether the one cut is torch's plain one, of rows; a strided shard is another."""
-    placement = layout.placements[cuts[0]]
-    return len(cuts) == 1 and type(placement) is Shard and placement.dim == len(layout.shape) - 2
-
-
-def chunk_sizes(size: int, ranks: int) -> list[int]:
-    """Rows each rank holds of `size` under Shard: equal chunks, rounded up, until none are left."""
-    chunk = -(-size // ranks)
-    return [max(0, min(chunk, size - rank * chunk)) for rank in range(ranks)]
 
 
 def share_sizes(count: int, ranks: int, turn: int) -> list[int]:
@@ -137,72 +94,137 @@ def share_sizes(count: int, ranks: int, turn: int) -> list[int]:
     return [base + ((rank - turn) % ranks < left) for rank in range(ranks)]
 
 
-def _exchange(
-    function: WholeMatrices,
-    values: Tensor,
-    side: Tensor | None,
-    rows: int,
-    group: dist.ProcessGroup,
-    turn: int,
-) -> tuple[Tensor, Tensor | None]:
-    """`values` [m, local rows, cols]: matrices are shared out in order, so the stack lies packed by owner.
-
-    Side values of rows are cut like the rows and travel as one column more. Those of columns every rank has:
-    they stay, and the new ones travel back to each rank as one row more.
-    """
-    ranks, me = dist.get_world_size(group), dist.get_rank(group)
-    shares, heights = share_sizes(len(values), ranks, turn), chunk_sizes(rows, ranks)
-    height, cols = heights[me], values.shape[-1]
-    assert values.shape[1] == height, (
-        f"{values.shape[1]} local rows of {rows} on rank {me} of {ranks}: not Shard's {height}"
-    )
-    side_of_rows = side is not None and side.shape[-1] == 1
-    side_of_cols = side is not None and not side_of_rows
-
-    sent = torch.cat([values, side], dim=-1) if side is not None and side_of_rows else values
-    whole = _all_to_all(sent.split(shares), [(shares[me], h, sent.shape[-1]) for h in heights], group, dim=1)
-    my_side = whole[..., cols:] if side_of_rows else side.split(shares)[me] if side is not None else None
-    result, new_side = function(whole[..., :cols].contiguous(), my_side)
-
-    if new_side is not None and side_of_rows:
-        result = torch.cat([result, new_side], dim=-1)
-    parts = result.split(heights, dim=1)
-    if new_side is not None and side_of_cols:
-        parts = [torch.cat([part, new_side], dim=1) for part in parts]
-    back = _all_to_all(parts, [(s, height + side_of_cols, result.shape[-1]) for s in shares], group, dim=0)
-    if side is None:
-        return back, None
-    if side_of_cols:
-        return back[:, :height].contiguous(), back[:, height:]
-    return back[..., :cols].contiguous(), back[..., cols:]
+Box = tuple[slice, slice, slice]
+"""All matrices of a stack, and some rows and columns of each."""
 
 
-def _all_to_all(
-    sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], group: dist.ProcessGroup, dim: int
-) -> Tensor:
-    """Tensor r of `sent` goes to rank r; what rank r sent, of shape `shapes[r]`, is joined along `dim`."""
-    sizes = [prod(shape) for shape in shapes]
-    flat = torch.cat([tensor.reshape(-1) for tensor in sent])
-    received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, flat, sizes, [tensor.numel() for tensor in sent], group=group)
-    return torch.cat(
-        [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)], dim=dim
-    )
+@dataclass(frozen=True)
+class Member:
+    """One rank of a team."""
+
+    rank: int
+    """In the whole job."""
+    copy: tuple[int, ...]
+    """Its place along the replicated axes: the members of one copy hold every piece once."""
+    boxes: tuple[Box, ...]
+    """What it holds of each kind of values."""
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Shape of each kind's piece of one matrix."""
+        return [tuple(part.stop - part.start for part in box[1:]) for box in self.boxes]
+
+    def length(self) -> int:
+        """Numbers in all pieces of one matrix."""
+        return sum(map(prod, self.sizes()))
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """Pieces [n, rows, cols] of each kind, from [n, length]; the reverse of `pack`."""
+        parts = packed.split([prod(size) for size in self.sizes()], dim=1)
+        return [part.unflatten(1, size) for part, size in zip(parts, self.sizes(), strict=True)]
 
 
-def _full(
-    function: WholeMatrices, values: Tensor, side: Tensor | None, layout: Layout, side_layout: Layout
-) -> tuple[Tensor, Tensor | None]:
-    """One parameter at a time, so that only one is whole at once."""
-    results, new_sides = [], []
-    rows, cols = layout.shape[-2:]
-    for i, value in enumerate(values):
-        whole_side = None if side is None else side_layout.full(side[i])
-        result, new_side = function(
-            layout.full(value).reshape(-1, rows, cols),
-            None if whole_side is None else whole_side.reshape(-1, *whole_side.shape[-2:]),
+def pack(pieces: Iterable[Tensor]) -> Tensor:
+    """The pieces of a matrix, of all kinds, in one row."""
+    return torch.cat([piece.flatten(1) for piece in pieces], dim=1)
+
+
+class Exchange:
+    """The way to whole matrices and back for parameters of one layout."""
+
+    def __init__(self, layouts: Sequence[Layout], groups: Groups) -> None:
+        """`layouts` = the parameters' own, then those of values beside them, with rows or columns shrunk to one."""
+        self.shapes = [layout.shape[-2:] for layout in layouts]
+        self.team = _team(layouts)
+        ranks = [member.rank for member in self.team]
+        self.group = groups.of(layouts[0].mesh, ranks)
+        self.place = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
+
+    def __call__(self, function: WholeMatrices, values: Sequence[Tensor], turn: int = 0) -> list[Tensor]:
+        """`function` of the whole matrices, given and returned as this rank's shards, stacked [n, *local].
+
+        Every rank of the mesh must call this with the same n. `turn` rotates who gets the matrices left over when the
+        ranks do not divide their number: pass how many were handed out before.
+        """
+        stacks = [tensor.flatten(0, -3) for tensor in values]
+        results = function(stacks) if len(self.team) == 1 else self._travel(function, stacks, turn)
+        return [result.view(tensor.shape) for result, tensor in zip(results, values, strict=True)]
+
+    def _travel(self, function: WholeMatrices, stacks: list[Tensor], turn: int) -> list[Tensor]:
+        me = self.team[self.place]
+        held = [tuple(stack.shape[1:]) for stack in stacks]
+        assert held == me.sizes(), f"rank {me.rank} holds {held} of {self.shapes}, not {me.sizes()}"
+        shares = share_sizes(len(stacks[0]), len(self.team), turn)  # consecutive ones, in the team's order
+        mine = shares[self.place]
+
+        mates = [member.copy == me.copy for member in self.team]  # an owner is served by its own copy
+        parts = pack(stacks).split(shares)
+        received = self._all_to_all(
+            [part if mate else part[:0] for part, mate in zip(parts, mates, strict=True)],
+            [(mine if mate else 0, member.length()) for member, mate in zip(self.team, mates, strict=True)],
         )
-        results.append(layout.shard(result.reshape(layout.shape)))
-        if new_side is not None:
-            new_sides.append(side_layout.shard(new_side.reshape(side_layout.shape)))
-    return torch.stack(results), torch.stack(new_sides) if new_sides else None
+        wholes = [stacks[0].new_empty(mine, *shape) for shape in self.shapes]
+        for member, mate, packed in zip(self.team, mates, received, strict=True):
+            if mate:
+                for whole, box, piece in zip(wholes, member.boxes, member.unpack(packed), strict=True):
+                    whole[box] = piece
+
+        results = function(wholes)
+
+        received = self._all_to_all(
+            [pack(result[box] for result, box in zip(results, m.boxes, strict=True)) for m in self.team],
+            [(share, me.length()) for share in shares],
+        )
+        return [piece.contiguous() for piece in me.unpack(torch.cat(received))]
+
+    def _all_to_all(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """`sent[i]` goes to member i; what member i sent, of shape `shapes[i]`, comes in its place."""
+        sizes = [prod(shape) for shape in shapes]
+        flat = torch.cat([tensor.flatten() for tensor in sent])
+        received = flat.new_empty(sum(sizes))
+        dist.all_to_all_single(received, flat, sizes, [tensor.numel() for tensor in sent], group=self.group)
+        return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def _team(layouts: Sequence[Layout]) -> list[Member]:
+    """The ranks that hold pieces of the same matrices as this one, in the order of a process group: by rank."""
+    layout, mesh = layouts[0], layouts[0].mesh
+    if mesh is None:
+        return [Member(0, (), _boxes(layouts, ()))]
+    here = mesh.get_coordinate()
+    assert here is not None, "this rank is not in the parameter's mesh"
+    apart = layout.axes(lambda dim: dim < len(layout.shape) - 2)
+    copies = [i for i, placement in enumerate(layout.placements) if placement.is_replicate()]
+    members = []
+    for there in product(*([here[i]] if i in apart else range(mesh.size(i)) for i in range(mesh.ndim))):
+        copy = tuple(there[i] for i in copies)
+        members.append(Member(int(mesh.mesh[there]), copy, _boxes(layouts, there)))
+    return sorted(members, key=lambda member: member.rank)
+
+
+def _boxes(layouts: Sequence[Layout], coordinate: Sequence[int]) -> tuple[Box, ...]:
+    pieces = [layout.piece(coordinate) for layout in layouts]
+    return tuple((slice(None), piece[-2], piece[-1]) for piece in pieces)
+
+
+class Groups:
+    """Process groups of teams, made once each.
+
+    All ranks of a team must ask in the same order. Nobody else takes part: DeviceMesh._flatten or a plain new_group
+    must be called by every rank of the job, and another pipeline stage may have no such parameters.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def of(self, mesh: DeviceMesh | None, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Group of exactly `ranks`, ascending: the world's or a mesh axis's, where they are the same; None for one."""
+        if mesh is None or len(ranks) == 1:
+            return None
+        if len(ranks) == dist.get_world_size():
+            return dist.group.WORLD
+        for group in mesh.get_all_groups():
+            if dist.get_process_group_ranks(group) == list(ranks):
+                return group
+        if tuple(ranks) not in self.made:
+            self.made[tuple(ranks)] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self.made[tuple(ranks)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,27 +19,30 @@ class Assigned:
 
     config: OptimizerGroup
     parameters: list[tuple[str, nn.Parameter]]
-
-    @property
-    def elements(self) -> int:
-        """Numbers in all of them, counted over all ranks."""
-        return sum(parameter.numel() for _, parameter in self.parameters)
+    """Those that are here: all of them, or a pipeline stage's."""
+    count: int
+    """Parameters of the group in the whole model."""
+    elements: int
+    """Numbers in these."""
 
 
 def assign(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[OptimizerGroup]
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: Sequence[OptimizerGroup],
+    all_sizes: Mapping[str, int] | None = None,
 ) -> list[Assigned]:
     """Give every parameter to the first group whose `match` fits its whole name.
 
-    Frozen parameters count as matched but are given to nobody, and need no group. Raises ConfigError, with
-    every mistake: parameters no group matches, groups left without any, Muon groups with vectors or with a
-    `beta1`.
+    `all_sizes` = numbers in every parameter of the whole model, where these are only a pipeline stage's: then a group,
+    or all, may be empty here. Frozen parameters count as matched but are given to nobody, and need no group. Raises
+    ConfigError, with every mistake: parameters no group matches, groups left without any, Muon groups with vectors
+    or with a `beta1`.
     """
     parameters = list(named_parameters)
     takers: list[list[tuple[str, nn.Parameter]]] = [[] for _ in groups]
     unmatched = []
     for name, parameter in parameters:
-        first = next((i for i, group in enumerate(groups) if re.fullmatch(group.match, name)), None)
+        first = _taker(name, groups)
         if first is not None:
             takers[first].append((name, parameter))
         elif parameter.requires_grad:
@@ -50,25 +53,36 @@ def assign(
             f"optimizer.groups: no pattern matches {len(unmatched)} of {len(parameters)} parameters: "
             f'{shorten(unmatched)}; name them in a group, or end with one of match = ".*"'
         )
-    if not any(parameter.requires_grad for _, parameter in parameters):
+    sizes = all_sizes or {name: parameter.numel() for name, parameter in parameters}
+    names = list(sizes)
+    trained = any(parameter.requires_grad for _, parameter in parameters)
+    if not trained and len(names) <= len(parameters):
         mistakes.append(
             f"optimizer: all {len(parameters)} parameters of the model are frozen; leave some to be trained"
         )
-    names = [name for name, _ in parameters]
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    taken_by = [(name, _taker(name, groups)) for name in names]
+    taking = {group for _, group in taken_by}
     for i, (group, taken) in enumerate(zip(groups, takers, strict=True)):
-        mistakes += _group_mistakes(f"optimizer.groups.{i}", group, taken, names)
+        mistakes += _group_mistakes(f"optimizer.groups.{i}", group, taken, names, i in taking)
     if mistakes:
         raise ConfigError(mistakes, "optimizer")
-    return [
-        Assigned(group, [(name, p) for name, p in taken if p.requires_grad])
-        for group, taken in zip(groups, takers, strict=True)
-    ]
+    found = []
+    for i, (group, taken) in enumerate(zip(groups, takers, strict=True)):
+        everywhere = [sizes[name] for name, taker in taken_by if taker == i and name not in frozen]
+        here = [(name, p) for name, p in taken if p.requires_grad]
+        found.append(Assigned(group, here, len(everywhere), sum(everywhere)))
+    return found
+
+
+def _taker(name: str, groups: Sequence[OptimizerGroup]) -> int | None:
+    return next((i for i, group in enumerate(groups) if re.fullmatch(group.match, name)), None)
 
 
 def _group_mistakes(
-    where: str, group: OptimizerGroup, taken: list[tuple[str, nn.Parameter]], names: list[str]
+    where: str, group: OptimizerGroup, taken: list[tuple[str, nn.Parameter]], names: list[str], taking: bool
 ) -> list[str]:
-    if not taken:
+    if not taking:
         shadowed = [name for name in names if re.fullmatch(group.match, name)]
         why = (
             f"the {len(shadowed)} parameters it matches are taken by groups before it; move it up"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nanovl.config import schema
-from nanovl.optim.gather import Layout, local_of, on_whole_matrices
+from nanovl.optim.gather import Exchange, Groups, Layout, local_of
 from nanovl.optim.orthogonalize import direction, second_dim
 
 STACK_ELEMENTS = 2**27
@@ -48,10 +48,14 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.config = config
         self.compute_dtype = compute_dtype
-        for group in self.param_groups:
-            assert all(p.ndim >= 2 for p in group["params"]), (
-                "Muon takes matrices only; groups.assign says which"
-            )
+        self.exchanges: dict[Layout, Exchange] = {}
+        groups = Groups()
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            assert parameter.ndim >= 2, "Muon takes matrices only; groups.assign says which"
+            layout = Layout.of(parameter)
+            if layout not in self.exchanges:
+                side = [_second_layout(layout)] if config.variance_reduction else []
+                self.exchanges[layout] = Exchange([layout, *side], groups)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -69,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             for layout, parameters in _alike(p for p in group["params"] if p.grad is not None):
                 for stack in _stacks(layout, parameters):
                     self._update(layout, stack, group, turn)
-                    turn += len(stack)
+                    turn += len(stack) * layout.shape[:-2].numel()
 
     def _update(
         self, layout: Layout, parameters: list[nn.Parameter], group: dict[str, Any], turn: int
@@ -85,14 +89,15 @@ class Muon(torch.optim.Optimizer):
             [local_of(s["second_momentum_buffer"]) for s in states] if self.config.variance_reduction else []
         )
 
-        def whole(values: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return direction(values, second, self.config, group["beta2"], self.compute_dtype)
+        def whole(stacks: list[Tensor]) -> list[Tensor]:
+            before = stacks[1] if memories else None
+            update, after = direction(stacks[0], before, self.config, group["beta2"], self.compute_dtype)
+            return [update] if after is None else [update, after]
 
-        second = torch.stack(memories) if memories else None
-        updates, second = on_whole_matrices(whole, nesterov, second, layout, _second_layout(layout), turn)
-        if second is not None:
-            for memory, new in zip(memories, second, strict=True):
-                memory.copy_(new)
+        stacks = [nesterov, torch.stack(memories)] if memories else [nesterov]
+        updates, *new = self.exchanges[layout](whole, stacks, turn)
+        for memory, value in zip(memories, new[0] if new else (), strict=True):
+            memory.copy_(value)
         rows, cols = layout.shape[-2:]
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
@@ -140,8 +145,8 @@ def _alike(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[Layout, list[nn
 
 
 def _stacks(layout: Layout, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Cut a long list, at multiples of the ranks that share a parameter, so that they still share work."""
-    ranks = layout.ranks()
+    """Cut a long list, at multiples of the ranks that share the work."""
+    ranks = 1 if layout.mesh is None else layout.mesh.size()
     together = ranks * max(1, STACK_ELEMENTS // layout.shape.numel())
     for start in range(0, len(parameters), together):
         yield parameters[start : start + together]

@@ -117,6 +117,16 @@ def test_each_rule_names_key_value_and_remedy(
     assert any(expected in line for line in found), found
 
 
+def test_qk_clip_needs_all_keys_and_a_bound_above_zero() -> None:
+    bad = job()
+    bad.optimizer.muon.qk_clip = -1.0
+    assert check_job(bad, 1) == ["optimizer.muon.qk_clip = -1.0: wants 0 or more"]
+    bad.optimizer.muon.qk_clip = 100.0
+    assert check_job(bad, 1) == []
+    bad.parallelism.context_parallel_degree = 2
+    assert any("optimizer.muon.qk_clip = 100.0: cannot see the logits" in line for line in check_job(bad, 2))
+
+
 def test_polar_express_has_five_steps() -> None:
     bad = job()
     bad.optimizer.muon.iterations = 6

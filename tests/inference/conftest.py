@@ -34,6 +34,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nanochat_v1": ("nanochat_v1", "d20", {"num_hidden_layers": 2, "hidden_size": 64}),
     "qwen3": ("qwen3", "debug", {"num_hidden_layers": 3}),
     "qwen3_windowed": ("qwen3", "debug", {"num_hidden_layers": 2, **WINDOWED}),
+    # three layers of gated DeltaNet, one of attention; a larger eps for less rounding of an almost empty memory
+    "qwen3_5": ("qwen3_5", "debug", {"norm": {"eps": 1e-2}}),
 }
 
 BuildModel = Callable[..., nn.Module]

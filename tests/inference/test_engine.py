@@ -15,7 +15,7 @@ from nanovl.inference.sampling import candidates
 from nanovl.tokenizer.bpe import Tokenizer
 
 BuildModel = Callable[..., nn.Module]
-FAMILIES = ("nanochat", "nanochat_v1", "qwen3", "qwen3_windowed")
+FAMILIES = ("nanochat", "nanochat_v1", "qwen3", "qwen3_windowed", "qwen3_5")
 SAMPLING: dict[str, Any] = {"temperature": 1.3, "top_k": 40, "top_p": 0.95}
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from nanovl.config.schema import Job, Parallelism
 from nanovl.dist import fork_ranks
 from nanovl.inference.borrow import same_everywhere
 from nanovl.inference.engine import Engine
+from nanovl.mesh import build_mesh
 from nanovl.parallelisms.fsdp import apply_fsdp
 
 BuildModel = Callable[..., nn.Module]
@@ -22,15 +23,16 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [15]]
 
 
 def sharded(rank: int, model: nn.Module) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "fsdp"))
-    apply_fsdp(model, mesh, torch.float32, torch.float32, True)
+    parallelism = Parallelism(data_parallel_replicate_degree=2, fsdp_reshard_after_forward="always")
+    mesh = build_mesh(parallelism, 4, torch.device("cpu"))
+    apply_fsdp(model, Job(parallelism=parallelism), mesh, torch.float32)
     with torch.no_grad():
         model(torch.tensor([[1]]))  # leaves the root's weights gathered
     engine = Engine(model, max_rows=2)
     completions = engine.generate(PROMPTS, **SETTINGS)
     kept_sharded = all(isinstance(p, DTensor) for p in model.parameters())
     ids = torch.tensor([rank, 10 * rank])
-    same_everywhere(ids, mesh)
+    same_everywhere(ids, mesh.fsdp)
     if rank > 0:  # rounding that differs must not part the ranks: here it differs by far
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.roll(rank, dims=-1))
     apart = engine.generate(PROMPTS, **SETTINGS)

@@ -78,7 +78,7 @@ def written_again(model: Nanochat, tokens: torch.Tensor) -> torch.Tensor:
 
     length, heads, dim = len(tokens), c.num_attention_heads, c.head_dim
     x = norm(w["embed_tokens.weight"][tokens])
-    gate = w["smear_lambda"] * torch.sigmoid(x[:, : c.smear_channels] @ w["smear_gate.weight"].T)
+    gate = w["smear.scale"] * torch.sigmoid(x[:, : c.smear_channels] @ w["smear.gate.weight"].T)
     x = torch.stack([x[t] + (gate[t] * x[t - 1] if t else 0) for t in range(length)])
     x0, middle = x, x
     frequency = c.rope_theta ** (-torch.arange(0, dim, 2) / dim)
@@ -90,7 +90,7 @@ def written_again(model: Nanochat, tokens: torch.Tensor) -> torch.Tensor:
 
     for i in range(c.depth):
         p = f"layers.{i}."
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        x = w[f"{p}blend.stream"] * x + w[f"{p}blend.embedding"] * x0
         h = norm(x)
         q, k, v = ((h @ w[f"{p}mixer.{n}_proj.weight"].T).view(length, heads, dim) for n in "qkv")
         if i % 2 == (c.depth - 1) % 2:
@@ -109,7 +109,7 @@ def written_again(model: Nanochat, tokens: torch.Tensor) -> torch.Tensor:
         x = x + F.relu(norm(x) @ w[f"{p}ffn.up_proj.weight"].T).square() @ w[f"{p}ffn.down_proj.weight"].T
         if i == c.depth // 2:
             middle = x
-    logits = norm(x - w["backout_lambda"] * middle) @ w["lm_head.weight"][: c.vocab_size].T
+    logits = norm(x - w["backout.scale"] * middle) @ w["lm_head.weight"][: c.vocab_size].T
     return c.softcap * torch.tanh(logits / c.softcap)
 
 
@@ -165,12 +165,13 @@ def test_initial_weights() -> None:
     )
     assert found["embed_tokens.weight"].std() == pytest.approx(0.8, rel=0.02)
     assert found["lm_head.weight"].std() == pytest.approx(0.001, rel=0.02)
-    torch.testing.assert_close(
-        found["resid_lambdas"], torch.tensor([1.15, 1.1167, 1.0833, 1.05]), rtol=0, atol=1e-4
-    )
-    torch.testing.assert_close(found["x0_lambdas"], torch.tensor([0.2, 0.15, 0.1, 0.05]))
-    assert found["backout_lambda"].item() == pytest.approx(0.2)
-    assert found["smear_lambda"].item() == 0
+    blends = [
+        [found[f"layers.{i}.blend.{part}"].item() for i in range(4)] for part in ("stream", "embedding")
+    ]
+    assert blends[0] == pytest.approx([1.15, 1.1167, 1.0833, 1.05], abs=1e-4)
+    assert blends[1] == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    assert found["backout.scale"].item() == pytest.approx(0.2)
+    assert found["smear.scale"].item() == 0
 
 
 def test_impossible_sizes_are_all_named() -> None:

@@ -174,6 +174,33 @@ def test_only_the_optimizers_that_are_needed_exist() -> None:
     assert [type(o) for o in build(model, groups=frozen).optimizers] == [torch.optim.AdamW]
 
 
+@pytest.mark.parametrize(("stage", "kinds"), [("embed", [torch.optim.AdamW]), ("layers", [Muon]), ("", [])])
+def test_a_stage_has_the_optimizers_of_its_own_parameters(stage: str, kinds: list[type]) -> None:
+    model = Tiny()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    held = [(n, p) for n, p in model.named_parameters() if stage and n.startswith(stage) and p.ndim > 1]
+    made = Optimizers(held, GROUPS, schema.Optimizer(), SCHEDULE, steps=8, all_sizes=sizes)
+    assert [row[2:4] for row in made.table()[1]] == [
+        row[2:4] for row in build(Tiny()).table()[1]
+    ]  # of the whole model
+    assert [type(optimizer) for optimizer in made.optimizers] == kinds
+    for _, parameter in held:
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    made.set_schedule(0)
+    made.step()
+    made.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, _ in held}
+    assert made.lr > 0
+    if not kinds:
+        return  # torch.distributed.checkpoint wants an optimizer
+    state = get_optimizer_state_dict(model, made.optimizers, options=FLAT)
+    assert {name for name, _ in held} == {
+        key.split(".", 1)[1].rpartition(".")[0] for key in state if key.startswith("state.")
+    }
+
+
 def test_state_exists_from_the_start_and_counts_from_zero() -> None:
     model = Tiny()
     state = get_optimizer_state_dict(model, build(model).optimizers, options=FLAT)

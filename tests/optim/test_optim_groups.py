@@ -62,6 +62,42 @@ def test_frozen_parameters_need_no_group_and_get_none() -> None:
     ]
 
 
+def test_a_stage_may_leave_groups_empty_that_other_stages_fill() -> None:
+    whole = model()
+    sizes = {name: p.numel() for name, p in whole.named_parameters()}
+    last = [(name, p) for name, p in whole.named_parameters() if name.startswith("layers.1.")]
+    groups = [
+        Group(match="embed.weight"),
+        Group(match=r"layers\.0\..*", kind="muon", beta1=0.5),
+        Group(match=".*"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        assign(last, groups, sizes)
+    assert [m.split(":")[0] for m in caught.value.mistakes] == ["optimizer.groups.1.beta1 = 0.5"]
+    groups[1].beta1 = None
+    taken = assign(last, groups, sizes)
+    assert [[name for name, _ in group.parameters] for group in taken] == [
+        [],
+        [],
+        ["layers.1.proj.weight", "layers.1.norm.weight"],
+    ]
+    by_taker = [sizes["embed.weight"], sizes["layers.0.proj.weight"] + sizes["layers.0.norm.weight"]]
+    assert [group.elements for group in taken] == [*by_taker, sum(sizes.values()) - sum(by_taker)]
+    with pytest.raises(ConfigError, match=r"lm_head.*matches none of the 5 parameters"):
+        assign(last, [Group(match="lm_head"), Group(match=".*")], sizes)
+    with pytest.raises(ConfigError, match="taken by groups before it"):
+        assign(last, [Group(match=".*"), Group(match="embed.weight")], sizes)
+
+
+def test_a_frozen_stage_is_no_mistake_but_a_frozen_model_is() -> None:
+    whole = model().requires_grad_(False)
+    sizes = {name: p.numel() for name, p in whole.named_parameters()}
+    stage = list(whole.named_parameters())[:2]
+    assert [group.parameters for group in assign(stage, [Group(match=".*")], sizes)] == [[]]
+    with pytest.raises(ConfigError, match="all 5 parameters of the model are frozen"):
+        assign(whole.named_parameters(), [Group(match=".*")], sizes)
+
+
 def test_names_are_folded_over_layers_and_experts() -> None:
     names = ["layers.0.experts.0.w1", "layers.0.experts.1.w1", "layers.1.experts.0.w1", "norm2.weight"]
     assert shorten(names) == "layers.*.experts.*.w1 (x3), norm2.weight"

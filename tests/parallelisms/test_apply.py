@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovl.config.schema import ActivationCheckpoint, Job, Model
 from nanovl.device import Modes
 from nanovl.dist import all_reduce, fork_ranks
 from nanovl.log import Log
 from nanovl.mesh import build_mesh, copy_full
+from nanovl.optim.gradients import clip_gradients, global_norm
 from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.init import init_weights, materialize, named_generator
+from nanovl.parallelisms.memory import apply_activation_checkpointing
 from nanovl.registry import resolve_model
-from nanovl.step import clip_gradients
 
 CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
@@ -50,7 +53,7 @@ def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens[:, :-1], targets, positions, doc_ids
 
 
-def backward(model: nn.Module, part: slice) -> Tensor:
+def backward(model: Any, part: slice) -> Tensor:
     tokens, targets, positions, doc_ids = rows()
     weights = (targets >= 0).float() / (targets >= 0).sum()
     loss: Tensor = model(
@@ -84,11 +87,12 @@ def on_mesh(
     init_weights(model, seed=7)
     weights = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
     shake(model)
-    loss = all_reduce(backward(model, slice(mesh.data_rank, None, mesh.data_degree)), group=mesh.loss_group)
+    loss = all_reduce(backward(model, slice(mesh.data_rank, None, mesh.data_degree)))
     grads = {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
-    norm = clip_gradients(model.parameters(), 0.5)
+    norm = global_norm(model.parameters(), None)
+    clip_gradients(model.parameters(), norm, 0.5)
     clipped = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
-    return {"weights": weights, "loss": loss.item(), "grads": grads, "norm": norm, "clipped": clipped}
+    return {"weights": weights, "loss": loss.item(), "grads": grads, "norm": norm.item(), "clipped": clipped}
 
 
 def alone(name: str) -> dict[str, Any]:
@@ -128,12 +132,44 @@ def test_same_weights_loss_and_gradients_on_every_mesh(name: str, world: int, co
     [
         {"activation_checkpoint": ActivationCheckpoint(mode="full")},
         {"activation_checkpoint": ActivationCheckpoint(mode="selective", every_n_layers=2)},
+        {"activation_checkpoint": ActivationCheckpoint(mode="op")},
     ],
-    ids=["full", "selective"],
+    ids=["full", "selective", "op"],
 )
 @pytest.mark.parametrize("name", ["qwen3", "nanochat"])
 def test_recomputing_activations_changes_nothing(name: str, changes: dict[str, Any]) -> None:
     assert_same(fork_ranks(on_mesh, 2, name, 1, 2, changes, False)[0], alone(name))
+
+
+def calls(mode: str) -> Counter[str]:
+    """Operations of one forward and backward."""
+    config = ActivationCheckpoint(mode=mode)  # type: ignore[arg-type]
+    model = make("qwen3")
+    shake(model)
+    apply_activation_checkpointing(model, config)  # type: ignore[arg-type]
+    with Calls() as seen:
+        backward(model, slice(None))
+    return seen.counts
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_each_mode_computes_again() -> None:
+    """3 layers, 7 linears and one attention each; a linear is one mm forward and two backward."""
+    none, op, selective, full = (calls(mode) for mode in ("none", "op", "selective", "full"))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert [c[attention] for c in (none, op, selective, full)] == [3, 3, 5, 6]
+    again = [c["mm"] - none["mm"] for c in (op, selective, full)]
+    # the last linear of a block is not run again: nothing in backward asks for its result
+    assert again == [9, 12, 18]
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("nanochat", marks=pytest.mark.slow)])
@@ -155,9 +191,11 @@ def log_line(rank: int, mode: str) -> str:
 
 
 def test_every_applied_step_is_logged_with_a_count() -> None:
-    assert fork_ranks(log_line, 1, "none")[0] == "applied   FSDP2 (4 units, bfloat16 compute, float32 reduce)"
+    assert (
+        fork_ranks(log_line, 1, "none")[0] == "applied   FSDP2 (units): 4; bfloat16 compute, float32 reduce"
+    )
     assert fork_ranks(log_line, 1, "selective")[0].startswith(
-        "applied   activation checkpointing (2 of 3 blocks), FSDP2"
+        "applied   activation checkpointing (blocks): 2, FSDP2 (units): 4"
     )
 
 

@@ -1,0 +1,141 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values come from one small latent a token.
+
+    latent | key_r = kv_a x        one latent and one rotated key part for all heads
+    k_h = [kv_b_h norm(latent) | rotated key_r],   v_h = kv_b'_h norm(latent)
+    q_h = [q_b_h norm(q_a x) | its last channels rotated]
+
+Only the last `qk_rope_head_dim` channels of a head turn. Keys and values are expanded to all heads before `core`, as in
+training; so the engine's cache holds them expanded too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
+from nanovl.models.blocks.norm import NormConfig, RMSNorm
+from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
+from nanovl.spec import Cut, TensorPlan
+
+# B batch, T tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
+
+
+@dataclass(kw_only=True)
+class MlaConfig:
+    kind: Literal["mla"] = "mla"
+    """Tells it from other mixers."""
+    num_attention_heads: int
+    """Heads of queries, keys and values."""
+    q_lora_rank: int | None = None
+    """Channels of the queries' latent; none = queries straight from the stream."""
+    kv_lora_rank: int
+    """Channels of the latent of keys and values."""
+    qk_nope_head_dim: int
+    """Channels of a query or key head that do not turn."""
+    qk_rope_head_dim: int
+    """Channels that do; those of keys are shared by all heads."""
+    v_head_dim: int
+    """Channels of a value head."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary embedding; YaRN's `mscale_all_dim` also sharpens the softmax."""
+    latent_norm_eps: float = 1e-6
+    """Added to the mean square of latents, whatever the other norms add."""
+    bias: bool = False
+    """Biases of the projections to the latents and of the output projection."""
+    sliding_window: int | None = None
+    """Keys a query sees, itself included; none = all."""
+    kernel: Kernel = "auto"
+    """As of `attention`."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def scores(self) -> Scores:
+        """Scale (d_nope + d_rope)^-0.5 m^2, m = 0.1 mscale_all_dim ln(factor) + 1 under YaRN."""
+        scaling = self.rope.scaling
+        m = sharpening(scaling.factor, scaling.mscale_all_dim) if scaling and scaling.mscale_all_dim else 1.0
+        return Scores(self.qk_head_dim**-0.5 * m * m, kernel=self.kernel)
+
+    def mistakes(self) -> list[str]:
+        """What does not fit together, as `key = value: wanted`."""
+        sizes = (
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        )
+        wrong = [
+            f"{key} = {getattr(self, key)}: wants a number above 0"
+            for key in (*sizes, "q_lora_rank", "sliding_window")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]
+        return wrong + [f"rope.{m}" for m in self.rope.mistakes(self.qk_rope_head_dim)]
+
+
+class LatentAttention(nn.Module):
+    """o(core(q, k, v)) with k and v, and optionally q, from latents."""
+
+    def __init__(self, config: MlaConfig, hidden_size: int, norm: NormConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+        norm = replace(norm, eps=config.latent_norm_eps)
+        if q_rank is None:
+            self.q_proj = nn.Linear(hidden_size, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_rank, config.bias)
+            self.q_a_norm = RMSNorm(q_rank, norm)
+            self.q_b_proj = nn.Linear(q_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj = nn.Linear(hidden_size, kv_rank + config.qk_rope_head_dim, config.bias)
+        self.kv_a_norm = RMSNorm(kv_rank, norm)
+        self.kv_b_proj = nn.Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden_size, config.bias)
+        self.core = AttentionCore(
+            config.sliding_window, heads, config.qk_head_dim, config.scores, config.v_head_dim
+        )
+
+    @property
+    def rope_key(self) -> RopeKey:
+        return self.config.rope, self.config.qk_rope_head_dim
+
+    def score_flops(self, mean_keys: Callable[[int | None], float]) -> float:
+        """Forward FLOPs of one token between q, k, v and the output: 2 H (d_qk + d_v) keys."""
+        config = self.config
+        channels = config.qk_head_dim + config.v_head_dim
+        return 2.0 * config.num_attention_heads * channels * mean_keys(config.sliding_window)
+
+    def tensor_plan(self) -> TensorPlan:
+        """Heads apart; every rank has the latents."""
+        heads = self.config.num_attention_heads
+        queries = "q_proj" if self.config.q_lora_rank is None else "q_b_proj"
+        cuts = {queries: Cut("column", heads), "kv_b_proj": Cut("column", heads), "o_proj": Cut("row", heads)}
+        return TensorPlan(cuts, gathers=True)
+
+    def qkv(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, their last channels rotated, and values, [B, T, H, D]."""
+        config = self.config
+        still, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        cos, sin = meta.rope[self.rope_key]
+        if config.q_lora_rank is None:
+            q_BTD = self.q_proj(x_BTD)
+        else:
+            q_BTD = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
+        q_still, q_turned = q_BTD.unflatten(2, (-1, still + turned)).split([still, turned], dim=-1)
+        latent_BTL, k_turned_BTD = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, turned], dim=-1)
+        k_turned_BT1D = apply_rope(k_turned_BTD[:, :, None], cos, sin)
+        kv_BTHD = self.kv_b_proj(self.kv_a_norm(latent_BTL)).unflatten(2, (-1, still + value))
+        k_still, v_BTHD = kv_BTHD.split([still, value], dim=-1)
+        q_BTHD = torch.cat((q_still, apply_rope(q_turned, cos, sin)), dim=-1)
+        k_BTHD = torch.cat((k_still, k_turned_BT1D.expand(-1, -1, k_still.shape[2], -1)), dim=-1)
+        return q_BTHD, k_BTHD, v_BTHD
+
+    def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
+        return self.o_proj(self.core(*self.qkv(x_BTD, meta), meta).flatten(2))

@@ -1,0 +1,246 @@
+"""What the config.json files of composed decoders have in common; a family's file says what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.rope import RopeConfig, RopeScaling
+from nanovl.models.decoder import DecoderConfig
+
+SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+    ),
+}
+"""What each kind of rotation scaling reads."""
+
+
+def expect(hf: Mapping[str, Any], family: str, **wanted: Any) -> None:
+    """Raises ConfigError for keys of config.json that are there and ask for what the family here does not compute."""
+    wrong = [
+        f"{key} = {hf[key]!r} in config.json: {family} here computes {value!r} alone"
+        for key, value in wanted.items()
+        if hf.get(key) is not None and hf[key] != value
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def sizes_from_hf(hf: Mapping[str, Any], *, tie: bool = False) -> dict[str, Any]:
+    """Arguments of a family's builder from config.json; `tie` = what the class does where the file is silent."""
+    heads = hf["num_attention_heads"]
+    return {
+        "layers": hf["num_hidden_layers"],
+        "hidden": hf["hidden_size"],
+        "ffn": hf["intermediate_size"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "vocab": hf["vocab_size"],
+        "eps": hf["rms_norm_eps"],
+        "context": hf["max_position_embeddings"],
+        "tie": hf.get("tie_word_embeddings", tie),
+    }
+
+
+def sizes_of(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    """The same arguments from a config. Raises ConfigError where it has experts."""
+    mixer, ffn = dense(config, architecture)
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "ffn": ffn.intermediate_size,
+        "heads": mixer.num_attention_heads,
+        "kv_heads": mixer.num_key_value_heads,
+        "head_dim": mixer.head_dim,
+        "vocab": config.vocab_size,
+        "eps": config.norm.eps,
+        "context": config.max_position_embeddings,
+        "tie": config.tie_word_embeddings,
+    }
+
+
+def dense(config: DecoderConfig, architecture: str, name: str = "") -> tuple[AttentionConfig, MlpConfig]:
+    """Attention and MLP of template `name`, of the first if none is named. Raises ConfigError for other kinds."""
+    block = config.blocks[name or next(iter(config.blocks))]
+    if not isinstance(block.mixer, AttentionConfig) or not isinstance(block.ffn, MlpConfig):
+        raise ConfigError(f"model: is not made of attention and MLPs, as {architecture} is")
+    return block.mixer, block.ffn
+
+
+def sizes_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    """The keys of config.json that all dense families write."""
+    mixer, ffn = dense(config, architecture)
+    common = decoder_to_hf(config, mixer, architecture, model_type)
+    return {**common, "intermediate_size": ffn.intermediate_size}
+
+
+def decoder_to_hf(
+    config: DecoderConfig, mixer: AttentionConfig, architecture: str, model_type: str
+) -> dict[str, Any]:
+    """The keys of config.json that all families write."""
+    std = config.init.std
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": mixer.num_attention_heads,
+        "num_key_value_heads": mixer.num_key_value_heads,
+        "head_dim": mixer.head_dim,
+        "rms_norm_eps": config.norm.eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": 0.02 if std == "fan_in" else std,
+        # those that classes of transformers would put in are of other tokenizers
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+
+
+def same_or_refuse(config: DecoderConfig, plain: DecoderConfig, architecture: str) -> None:
+    """Raises ConfigError where `config` computes something else than `plain`, naming every field.
+
+    How weights begin, which kernel runs and how the layers' names are tiled make no difference to a checkpoint.
+    """
+    plain.init = config.init
+    plain.prefix, plain.pattern, plain.suffix = config.prefix, config.pattern, config.suffix
+    for name in plain.blocks.keys() & config.blocks.keys():
+        ours, theirs = config.blocks[name].mixer, plain.blocks[name].mixer
+        if isinstance(ours, AttentionConfig) and isinstance(theirs, AttentionConfig):
+            theirs.kernel = ours.kernel
+    found, wanted = dict(_leaves(asdict(config))), dict(_leaves(asdict(plain)))
+    wrong = [
+        f"model.{key} = {found.get(key)!r}: cannot be written; {architecture} has {wanted.get(key)!r} there"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def rope_from_hf(hf: Mapping[str, Any], *, theta: float = 10_000.0) -> RopeConfig:
+    """The rotation of a config.json with one for all layers, as written by transformers 4 or 5; `theta` where it is
+    silent."""
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    top = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
+    return rope_of({"rope_theta": theta, **top, **given}, hf["max_position_embeddings"])
+
+
+def rope_of(given: Mapping[str, Any], context: int) -> RopeConfig:
+    """The rotation of one `rope_parameters` of transformers. Raises ConfigError for what is not computed here."""
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind != "default" and kind not in SCALING:
+        raise ConfigError(f"rope_type = {kind!r} in config.json: choose from default, {', '.join(SCALING)}")
+    theta, partial = float(given["rope_theta"]), given.get("partial_rotary_factor") or 1.0
+    if kind == "default":
+        return RopeConfig(theta=theta, partial_rotary_factor=partial)
+    said = {key: given[key] for key in SCALING[kind] if given.get(key) is not None}
+    if kind != "linear":
+        said.setdefault("original_max_position_embeddings", context)
+    said.setdefault("factor", context / said.get("original_max_position_embeddings", context))
+    return RopeConfig(theta=theta, partial_rotary_factor=partial, scaling=RopeScaling(kind=kind, **said))
+
+
+def rope_parameters(rope: RopeConfig | None) -> dict[str, Any]:
+    """`rope` as transformers 5 writes it. Raises ConfigError where there is none."""
+    if rope is None:
+        raise ConfigError("model: its layers have no rotation, which config.json cannot say")
+    said: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.partial_rotary_factor != 1.0:
+        said["partial_rotary_factor"] = rope.partial_rotary_factor
+    if rope.scaling is not None:
+        said["rope_type"] = rope.scaling.kind
+        values = {key: getattr(rope.scaling, key) for key in SCALING[rope.scaling.kind]}
+        said.update({key: value for key, value in values.items() if value is not None})
+    return said
+
+
+def rope_to_hf(rope: RopeConfig | None) -> dict[str, Any]:
+    """Keys of config.json for a rotation of all layers, in the form that transformers 4 and 5 read."""
+    said = rope_parameters(rope)
+    theta = said.pop("rope_theta")
+    partial = said.pop("partial_rotary_factor", None)
+    keys = {"rope_theta": theta, "rope_scaling": None if said["rope_type"] == "default" else said}
+    return keys if partial is None else {**keys, "partial_rotary_factor": partial}
+
+
+def tiling(names: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """A pattern that tiles to `names`: the family's usual one if it does, else the shortest."""
+    candidates = [list(usual), *(list(names[: n + 1]) for n in range(len(names)))]
+    return next(p for p in candidates if all(p[i % len(p)] == name for i, name in enumerate(names)))
+
+
+def layer_types(hf: Mapping[str, Any], *, period: int) -> list[str]:
+    """`sliding` or `full` for each layer of a config.json; every layer at a multiple of `period` is full where it is
+    silent."""
+    named = hf.get("layer_types")
+    if named is None:
+        return ["full" if (i + 1) % period == 0 else "sliding" for i in range(hf["num_hidden_layers"])]
+    kinds = {"sliding_attention": "sliding", "full_attention": "full"}
+    if strange := sorted(set(named) - kinds.keys()):
+        raise ConfigError(f"layer_types in config.json: {', '.join(strange)} is none of {', '.join(kinds)}")
+    return [kinds[name] for name in named]
+
+
+def layer_ropes(hf: Mapping[str, Any], *, full: float, sliding: float) -> dict[str, RopeConfig]:
+    """The rotations of full and of sliding layers, whose bases are `full` and `sliding` where a config.json is silent.
+
+    An older file's `rope_scaling` is that of full layers. Raises ConfigError for `rope_parameters` without layer types:
+    transformers 5.23 silently drops their scaling.
+    """
+    context = hf["max_position_embeddings"]
+    given = hf.get("rope_parameters")
+    if given is None:
+        given = {"full_attention": hf.get("rope_scaling")}
+    elif not given.keys() <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            "rope_parameters in config.json: wants one for full_attention and one for sliding_attention"
+        )
+    ropes = {}
+    for name, theta in (("full", full), ("sliding", sliding)):
+        said = {"rope_theta": theta, **(given.get(f"{name}_attention") or {})}
+        if not said.get("truncate", True):
+            raise ConfigError(
+                "truncate = false in config.json: transformers 5.23 ignores it beside layer types"
+            )
+        ropes[name] = rope_of(said, context)
+    return ropes
+
+
+def layer_types_to_hf(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    """Keys of config.json for layers `sliding` and `full`, each kind with its rotation."""
+    ropes = {}
+    for name in ("sliding", "full"):
+        ropes[f"{name}_attention"] = rope_parameters(dense(config, architecture, name)[0].rope)
+        if not ropes[f"{name}_attention"].get("truncate", True):
+            raise ConfigError(
+                f"model.blocks.{name}.mixer.rope.scaling.truncate = false: transformers ignores it here"
+            )
+    return {
+        "layer_types": [f"{name}_attention" for name in config.layer_names()],
+        "rope_parameters": ropes,
+        "sliding_window": dense(config, architecture, "sliding")[0].sliding_window,
+    }

@@ -1,0 +1,133 @@
+"""Names of tensors that Hugging Face checkpoints of composed decoders share, and ours for them.
+
+Traps: `post_attention_layernorm` stands before the MLP where norms come first, and behind attention everywhere else.
+DeepSeek's rotation turns neighbouring channels, ours those half a head apart: rows of its projections are permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovl.models.blocks.mla import MlaConfig
+from nanovl.models.decoder import DecoderConfig
+from nanovl.spec import KeyGroup, KeyRule
+
+NORMS = {
+    "pre": {"input_layernorm": "mixer_pre_norm", "post_attention_layernorm": "ffn_pre_norm"},
+    "post": {"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "ffn_post_norm"},
+    "sandwich": {
+        "input_layernorm": "mixer_pre_norm",
+        "post_attention_layernorm": "mixer_post_norm",
+        "pre_feedforward_layernorm": "ffn_pre_norm",
+        "post_feedforward_layernorm": "ffn_post_norm",
+    },
+}
+ATTENTION = {
+    **{
+        f"self_attn.{linear}.{part}": f"mixer.{linear}.{part}"
+        for linear in ("q_proj", "k_proj", "v_proj", "o_proj")
+        for part in ("weight", "bias")
+    },
+    **{f"self_attn.{norm}.weight": f"mixer.{norm}.weight" for norm in ("q_norm", "k_norm")},
+    "self_attn.sinks": "mixer.sinks",
+}
+MLP = {
+    f"mlp.{linear}.{part}": f"ffn.{linear}.{part}"
+    for linear in ("gate_proj", "up_proj", "down_proj")
+    for part in ("weight", "bias")
+}
+LATENT = {
+    **{
+        f"self_attn.{theirs}.{part}": f"mixer.{ours}.{part}"
+        for theirs, ours in (("q_a_proj", "q_a_proj"), ("kv_b_proj", "kv_b_proj"), ("o_proj", "o_proj"))
+        for part in ("weight", "bias")
+    },
+    "self_attn.q_a_layernorm.weight": "mixer.q_a_norm.weight",
+    "self_attn.kv_a_layernorm.weight": "mixer.kv_a_norm.weight",
+}
+
+
+def decoder_rules(config: DecoderConfig, layer: Mapping[str, str] = {**ATTENTION, **MLP}) -> list[KeyRule]:
+    """The key map of a decoder whose layers hold the tensors of `layer`, theirs to ours, and norms as `config` says."""
+    placements = {block.norm_placement for block in config.layers()}
+    norms = {f"{a}.weight": f"{b}.weight" for kind in placements for a, b in NORMS[kind].items()}
+    head = [] if config.tie_word_embeddings else [KeyRule("lm_head.weight", "lm_head.weight")]
+    return [
+        KeyRule("model.embed_tokens.weight", "embed_tokens.weight"),
+        *(KeyRule(f"model.layers.{{i}}.{a}", f"layers.{{i}}.{b}") for a, b in {**norms, **layer}.items()),
+        KeyRule("model.norm.weight", "norm.weight"),
+        *head,
+    ]
+
+
+def in_layers(rules: Sequence[KeyRule | KeyGroup], layers: Iterable[int]) -> list[KeyRule | KeyGroup]:
+    """`rules` for these layers alone, where other layers have other tensors under the same names of ours."""
+
+    def at(names: str | tuple[str, ...], layer: int) -> Any:
+        if isinstance(names, str):
+            return names.replace("{i}", str(layer))
+        return tuple(name.replace("{i}", str(layer)) for name in names)
+
+    return [
+        replace(rule, theirs=at(rule.theirs, layer), ours=at(rule.ours, layer))
+        for layer in layers
+        for rule in rules
+    ]
+
+
+def expert_rules(experts: int) -> list[KeyGroup]:
+    """The key map of gated experts: one tensor an expert, as transformers writes them; read also stacked, gate and up
+    in one, as it has them in memory."""
+    theirs, ours = "model.layers.{i}.mlp.experts", "layers.{i}.ffn.experts"
+    one_each = [
+        KeyGroup(
+            tuple(f"{theirs}.{expert}.{linear}.weight" for expert in range(experts)),
+            (f"{ours}.{linear}",),
+            lambda values: [torch.stack([*values])],
+            lambda values: values[0].unbind(),
+        )
+        for linear in ("gate_proj", "up_proj", "down_proj")
+    ]
+    stacked = KeyGroup(
+        (f"{theirs}.gate_up_proj",),
+        (f"{ours}.gate_proj", f"{ours}.up_proj"),
+        lambda values: values[0].chunk(2, dim=1),
+        lambda values: [torch.cat([*values], dim=1)],
+    )
+    return [*one_each, stacked, KeyGroup((f"{theirs}.down_proj",), (f"{ours}.down_proj",), list, list)]
+
+
+def latent_rules(mixer: MlaConfig) -> list[KeyRule]:
+    """The key map of latent attention in DeepSeek's checkpoints."""
+    latent, heads = mixer.kv_lora_rank + mixer.qk_rope_head_dim, mixer.qk_head_dim
+    turned = mixer.qk_rope_head_dim
+    permuted = [
+        ("q_proj.weight", "q_proj.weight", heads),
+        ("q_b_proj.weight", "q_b_proj.weight", heads),
+        ("kv_a_proj_with_mqa.weight", "kv_a_proj.weight", latent),
+        ("kv_a_proj_with_mqa.bias", "kv_a_proj.bias", latent),
+    ]
+    return [
+        *(KeyRule(f"model.layers.{{i}}.{a}", f"layers.{{i}}.{b}") for a, b in LATENT.items()),
+        *(
+            KeyRule(
+                f"model.layers.{{i}}.self_attn.{theirs}",
+                f"layers.{{i}}.mixer.{ours}",
+                rows_permuted(size, turned, halves=True),
+                rows_permuted(size, turned, halves=False),
+            )
+            for theirs, ours, size in permuted
+        ),
+    ]
+
+
+def rows_permuted(size: int, turned: int, *, halves: bool) -> Callable[[Tensor], Tensor]:
+    """For heads of `size` rows whose last `turned` make pairs: neighbours -> half of them apart, or back."""
+    pairs = torch.arange(size - turned, size).view((-1, 2) if halves else (2, -1))
+    order = torch.cat((torch.arange(size - turned), pairs.T.flatten()))
+    return lambda value: value.unflatten(0, (-1, size))[:, order.to(value.device)].flatten(0, 1)

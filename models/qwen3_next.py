@@ -1,0 +1,360 @@
+"""Qwen3-Next: gated DeltaNet on three of four layers, and experts on all.
+
+Different from Qwen3 with experts: three of four layers mix tokens by Gated DeltaNet, the fourth by attention whose
+output is gated, and of whose 256 channels a head a quarter turn; norms keep their scales less one; 10 of 512 experts a
+token beside a shared one, which is gated too. Qwen3.5 is built of the same layers.
+
+Checkpoints group the rows of several projections by key head; they are sorted when read. `mtp.*`, the layer that
+predicts a second token, has no counterpart here, and a checkpoint that has it is refused.
+
+Unverified, for want of the released files: the rotation's base and the context, from memory. The other sizes are the
+defaults of transformers' class, and come to the published 80B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.blocks.gated_delta_net import GatedDeltaNetConfig
+from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.moe import MoeConfig
+from nanovl.models.blocks.norm import NormConfig
+from nanovl.models.blocks.rope import RopeConfig
+from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
+from nanovl.models.hf_config import (
+    decoder_to_hf,
+    expect,
+    rope_from_hf,
+    rope_to_hf,
+    same_or_refuse,
+    tiling,
+)
+from nanovl.models.hf_keys import decoder_rules, expert_rules, in_layers
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
+
+ARCHITECTURE = "Qwen3NextForCausalLM"
+ATTENTION = ("k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+"""What checkpoints have as it is here."""
+PATTERN = ("linear", "linear", "linear", "full")
+LAYER_TYPES = {"linear": "linear_attention", "full": "full_attention"}
+QUARTER = 0.25
+"""Share of a head's channels that turn."""
+ROPE = RopeConfig(theta=1e7, partial_rotary_factor=QUARTER)  # base unverified
+CONTEXT = 262144  # unverified
+
+
+def hybrid(
+    ffn: MlpConfig | MoeConfig,
+    linear: GatedDeltaNetConfig,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int = 256,
+    vocab: int,
+    rope: RopeConfig | None = ROPE,
+    eps: float = 1e-6,
+    context: int = CONTEXT,
+    tie: bool = False,
+    bias: bool = False,
+) -> DecoderConfig:
+    """A Qwen3-Next or Qwen3.5 of any size, with `ffn` in every layer."""
+    full = AttentionConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        qk_norm="head",
+        qkv_bias=bias,
+        o_bias=bias,
+        output_gate=True,
+    )
+    return DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        blocks={
+            "linear": BlockConfig(mixer=linear, ffn=ffn),
+            "full": BlockConfig(mixer=full, ffn=replace(ffn)),
+        },
+        pattern=list(PATTERN),
+        norm=NormConfig(eps=eps, weight="zeros"),
+        tie_word_embeddings=tie,
+        max_position_embeddings=context,
+    )
+
+
+def linear_heads(keys: int, values: int, dim: int) -> GatedDeltaNetConfig:
+    """Heads of `dim` channels."""
+    return GatedDeltaNetConfig(
+        num_key_heads=keys, num_value_heads=values, key_head_dim=dim, value_head_dim=dim
+    )
+
+
+def experts(count: int, active: int, width: int) -> MoeConfig:
+    """Experts and a shared one, all of `width`."""
+    return MoeConfig(
+        num_experts=count,
+        num_experts_per_tok=active,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=width,
+        shared_expert_gate=True,
+    )
+
+
+FLAVORS = {
+    "80b-a3b": lambda: hybrid(
+        experts(512, 10, 512),
+        linear_heads(16, 32, 128),
+        layers=48,
+        hidden=2048,
+        heads=16,
+        kv_heads=2,
+        vocab=151936,
+    ),
+    "debug": lambda: hybrid(
+        experts(8, 2, 32),
+        linear_heads(2, 4, 16),
+        layers=4,
+        hidden=64,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        vocab=512,
+        context=128,
+    ),
+}
+
+
+def hybrid_from_hf(
+    hf: Mapping[str, Any], ffn: MlpConfig | MoeConfig, *, theta: float = 10_000.0
+) -> DecoderConfig:
+    """The config of a config.json of these families; `theta` where it is silent. Raises ConfigError."""
+    linear = GatedDeltaNetConfig(
+        num_key_heads=hf["linear_num_key_heads"],
+        num_value_heads=hf["linear_num_value_heads"],
+        key_head_dim=hf["linear_key_head_dim"],
+        value_head_dim=hf["linear_value_head_dim"],
+        conv_kernel_size=hf["linear_conv_kernel_dim"],
+    )
+    config = hybrid(
+        ffn,
+        linear,
+        layers=hf["num_hidden_layers"],
+        hidden=hf["hidden_size"],
+        heads=hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=hf["head_dim"],
+        vocab=hf["vocab_size"],
+        rope=rope_from_hf({"partial_rotary_factor": QUARTER, **hf}, theta=theta),
+        eps=hf["rms_norm_eps"],
+        context=hf["max_position_embeddings"],
+        tie=hf.get("tie_word_embeddings", False),
+        bias=hf.get("attention_bias", False),
+    )
+    config.pattern = tiling(_layer_names(hf), PATTERN)
+    return config
+
+
+def _layer_names(hf: Mapping[str, Any]) -> list[str]:
+    named = hf.get("layer_types")
+    if named is None:
+        interval = hf.get("full_attention_interval", len(PATTERN))
+        return ["linear" if (i + 1) % interval else "full" for i in range(hf["num_hidden_layers"])]
+    names = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+    if strange := sorted(set(named) - names.keys()):
+        raise ConfigError(f"layer_types in config.json: {', '.join(strange)} is none of {', '.join(names)}")
+    return [names[name] for name in named]
+
+
+def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    """The config.json of `config`, but for its MLPs. Raises ConfigError where it cannot say the same."""
+    linear, full, ffn = parts(config, architecture)
+    plain = hybrid(
+        ffn,
+        linear,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=full.num_attention_heads,
+        kv_heads=full.num_key_value_heads,
+        head_dim=full.head_dim,
+        vocab=config.vocab_size,
+        rope=full.rope,
+        eps=config.norm.eps,
+        context=config.max_position_embeddings,
+        tie=config.tie_word_embeddings,
+        bias=full.qkv_bias,
+    )
+    same_or_refuse(config, plain, architecture)
+    return {
+        **decoder_to_hf(config, full, architecture, model_type),
+        **rope_to_hf(full.rope),
+        "partial_rotary_factor": 1.0 if full.rope is None else full.rope.partial_rotary_factor,
+        "hidden_act": "silu",
+        "attention_bias": full.qkv_bias,
+        "layer_types": [LAYER_TYPES[name] for name in config.layer_names()],
+        "linear_num_key_heads": linear.num_key_heads,
+        "linear_num_value_heads": linear.num_value_heads,
+        "linear_key_head_dim": linear.key_head_dim,
+        "linear_value_head_dim": linear.value_head_dim,
+        "linear_conv_kernel_dim": linear.conv_kernel_size,
+    }
+
+
+def parts(
+    config: DecoderConfig, architecture: str
+) -> tuple[GatedDeltaNetConfig, AttentionConfig, MlpConfig | MoeConfig]:
+    """The two mixers and the MLP. Raises ConfigError where the layers are other ones."""
+    blocks = config.blocks
+    linear, full = (blocks[name].mixer if name in blocks else None for name in LAYER_TYPES)
+    known = blocks.keys() == LAYER_TYPES.keys()
+    if not known or not isinstance(linear, GatedDeltaNetConfig) or not isinstance(full, AttentionConfig):
+        raise ConfigError(
+            f"model.blocks: wants `linear`, of gated_delta_net, and `full`, of attention, as {architecture} has"
+        )
+    return linear, full, blocks["full"].ffn
+
+
+def experts_from_hf(hf: Mapping[str, Any]) -> MoeConfig:
+    """The experts of a config.json."""
+    return MoeConfig(
+        num_experts=hf["num_experts"],
+        num_experts_per_tok=hf["num_experts_per_tok"],
+        moe_intermediate_size=hf["moe_intermediate_size"],
+        norm_topk_prob=hf.get("norm_topk_prob", True),
+        shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
+        shared_expert_gate=True,
+    )
+
+
+def experts_to_hf(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    """Keys of config.json for the experts. Raises ConfigError for other ones than these families have."""
+    ffn = parts(config, architecture)[2]
+    if not isinstance(ffn, MoeConfig):
+        raise ConfigError(f"model.blocks.full.ffn.kind = {ffn.kind!r}: {architecture} has 'moe' there")
+    said = {
+        "num_experts": ffn.num_experts,
+        "num_experts_per_tok": ffn.num_experts_per_tok,
+        "moe_intermediate_size": ffn.moe_intermediate_size,
+        "norm_topk_prob": ffn.norm_topk_prob,
+        "shared_expert_intermediate_size": ffn.shared_expert_intermediate_size,
+    }
+    # forces on the router end with training
+    losses = {key: getattr(ffn, key) for key in ("aux_loss_coef", "sequence_aux_loss_coef", "z_loss_coef")}
+    plain = asdict(replace(experts_from_hf(said), **losses))
+    wrong = [
+        f"model.blocks.full.ffn.{key} = {value!r}: cannot be written; {architecture} has {plain[key]!r} there"
+        for key, value in asdict(ffn).items()
+        if value != plain[key]
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    return said
+
+
+EXPERTS = {
+    "mlp.gate.weight": "ffn.router.weight",
+    "mlp.shared_expert_gate.weight": "ffn.shared_expert_gate.weight",
+    **{
+        f"mlp.shared_expert.{name}.weight": f"ffn.shared_expert.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+
+
+def mixer_rules(config: DecoderConfig, projections: Sequence[KeyRule | KeyGroup]) -> list[KeyRule | KeyGroup]:
+    """The key map of the mixers; `projections` are those of Gated DeltaNet, which the families store differently."""
+    linear, full, _ = parts(config, ARCHITECTURE)
+    keys, values = linear.num_key_heads * linear.key_head_dim, linear.num_value_heads * linear.value_head_dim
+    convolution = KeyGroup(
+        ("model.layers.{i}.linear_attn.conv1d.weight",),
+        tuple(f"layers.{{i}}.mixer.{name}_conv" for name in "qkv"),
+        lambda given: given[0].squeeze(1).split((keys, keys, values)),
+        lambda ours: [torch.cat([*ours]).unsqueeze(1)],
+    )
+    memory = {"A_log": "A_log", "dt_bias": "dt_bias", "norm.weight": "gated_norm.weight"}
+    of_linear: list[KeyRule | KeyGroup] = [
+        *(_rule(f"linear_attn.{a}", b) for a, b in {**memory, "out_proj.weight": "o_proj.weight"}.items()),
+        convolution,
+        *projections,
+    ]
+    heads, head_dims = full.num_attention_heads, (full.head_dim, full.head_dim)
+    of_full: list[KeyRule | KeyGroup] = [
+        *(_rule(f"self_attn.{n}.{part}", f"{n}.{part}") for n in ATTENTION for part in ("weight", "bias")),
+        *(
+            rows(f"self_attn.q_proj.{part}", [f"{n}_proj.{part}" for n in "qg"], heads, head_dims)
+            for part in ("weight", "bias")
+        ),
+    ]
+    names = config.layer_names()
+    return [
+        *in_layers(of_linear, [i for i, name in enumerate(names) if name == "linear"]),
+        *in_layers(of_full, [i for i, name in enumerate(names) if name == "full"]),
+    ]
+
+
+def _rule(theirs: str, ours: str) -> KeyRule:
+    return KeyRule(f"model.layers.{{i}}.{theirs}", f"layers.{{i}}.mixer.{ours}")
+
+
+def rows(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) -> KeyGroup:
+    """One tensor of theirs, whose rows are `groups` times `sizes` of each of ours."""
+
+    def split(values: Sequence[Tensor]) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in values[0].unflatten(0, (groups, -1)).split(list(sizes), dim=1)]
+
+    def join(values: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([value.unflatten(0, (groups, -1)) for value in values], dim=1).flatten(0, 1)]
+
+    names = tuple(f"layers.{{i}}.mixer.{name}" for name in ours)
+    return KeyGroup((f"model.layers.{{i}}.{theirs}",), names, split, join)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+    expect(hf, "qwen3_next", hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
+    return hybrid_from_hf(hf, experts_from_hf(hf))
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of `config`. Raises ConfigError where Qwen3NextForCausalLM cannot say the same."""
+    said = experts_to_hf(config, ARCHITECTURE)
+    return {**hybrid_to_hf(config, ARCHITECTURE, "qwen3_next"), **said, "decoder_sparse_step": 1}
+
+
+def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
+    """The key map: the rows of a key head, of its value heads, and of what gates those, follow each other."""
+    linear, _, ffn = parts(config, ARCHITECTURE)
+    assert isinstance(ffn, MoeConfig)
+    group = linear.num_value_heads // linear.num_key_heads
+    value_rows = group * linear.value_head_dim
+    sizes = (linear.key_head_dim, linear.key_head_dim, value_rows, value_rows)
+    qkvz, ba = ([f"{name}_proj.weight" for name in names] for names in ("qkvz", "ba"))
+    projections = [
+        rows("linear_attn.in_proj_qkvz.weight", qkvz, linear.num_key_heads, sizes),
+        rows("linear_attn.in_proj_ba.weight", ba, linear.num_key_heads, (group, group)),
+    ]
+    return [
+        *decoder_rules(config, EXPERTS),
+        *mixer_rules(config, projections),
+        *expert_rules(ffn.num_experts),
+    ]
+
+
+FAMILY = ModelFamily(
+    name="qwen3_next",
+    summary="Qwen3-Next: gated DeltaNet on three of four layers, gated attention, 10 of 512 experts and a shared one",
+    config=DecoderConfig,
+    flavors=FLAVORS,
+    model=Decoder,
+    optimizer_groups=adamw_groups,
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+)

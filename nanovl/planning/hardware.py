@@ -1,0 +1,83 @@
+"""GPUs as their vendors describe them; nothing here is measured."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from nanovl.device import PEAK_FLOPS
+from nanovl.errors import ConfigError
+from nanovl.planning.ledger import Collective
+
+LINK_EFFICIENCY = 0.8
+"""Share of a link's rate that collectives reach; assumed, not measured."""
+USABLE_MEMORY = 0.92
+"""Share of a GPU's memory that is left for tensors; CUDA, NCCL and fragmentation take the rest. Assumed."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and how it reaches others; rates a second, links in one direction."""
+
+    name: str
+    flops: float
+    """Dense bfloat16."""
+    memory_gib: float
+    memory_rate: float
+    """Bytes between the GPU and its own memory."""
+    link_rate: float
+    """Bytes to other GPUs of the node: NVLink, or PCIe where there is none."""
+    network_rate: float
+    """Bytes to other nodes, its share of the node's network."""
+
+
+def _gpu(name: str, memory_gib: float, memory_tb: float, link_gb: float, network_gb: float) -> Gpu:
+    return Gpu(name, PEAK_FLOPS[name], memory_gib, memory_tb * 1e12, link_gb * 1e9, network_gb * 1e9)
+
+
+# data sheets of the GPUs, half of NVLink's rate of both directions; network of the vendor's node of 8: DGX H100, H200
+# and B200 400 Gbit/s a GPU, DGX A100 200 Gbit/s. PCIe cards have no such node: 200 Gbit/s is assumed
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("NVIDIA H100 80GB HBM3", 80, 3.35, 450, 50),
+        _gpu("NVIDIA H100 PCIe", 80, 2.0, 64, 25),
+        _gpu("NVIDIA H200", 141, 4.8, 450, 50),
+        _gpu("NVIDIA H200 NVL", 141, 4.8, 450, 25),
+        _gpu("NVIDIA B200", 180, 8.0, 900, 50),
+        _gpu("NVIDIA A100-SXM4-40GB", 40, 1.555, 300, 25),
+        _gpu("NVIDIA A100-SXM4-80GB", 80, 2.039, 300, 25),
+        _gpu("NVIDIA A100 80GB PCIe", 80, 1.935, 32, 25),
+        _gpu("NVIDIA L40S", 48, 0.864, 32, 25),
+        _gpu("NVIDIA GeForce RTX 4090", 24, 1.008, 32, 25),
+        _gpu("NVIDIA GeForce RTX 5090", 32, 1.792, 64, 25),
+    )
+}
+
+
+def gpu_called(name: str) -> Gpu:
+    """Raises ConfigError with the nearest names."""
+    if name in GPUS:
+        return GPUS[name]
+    lowered = {known.lower(): known for known in GPUS}
+    near = [known for low, known in lowered.items() if name.lower() in low] or [
+        lowered[low] for low in difflib.get_close_matches(name.lower(), lowered, 3, 0.4)
+    ]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(GPUS)}"
+    raise ConfigError(f"--gpu = {name!r}: its rates are not known; {hint}")
+
+
+def seconds(what: Collective, size: float, ranks: Sequence[int], gpu: Gpu, gpus_per_node: int) -> float:
+    """Time of collectives over `ranks` of the job whose largest tensors add up to `size` bytes.
+
+    In a ring every rank passes on all but its own part. Over several nodes the slowest link is the network, which
+    all ranks on a node feed together. What is received comes while as much is sent.
+    """
+    others = len(ranks) - 1
+    share = {"send": 1.0, "receive": 0.0, "broadcast": 1.0}.get(what, others / len(ranks))
+    moved = size * share * (2 if what == "all-reduce" else 1)
+    together = [len(list(nodes)) for _, nodes in groupby(sorted(rank // gpus_per_node for rank in ranks))]
+    rate = gpu.link_rate if len(together) == 1 else min(gpu.link_rate, gpu.network_rate * min(together))
+    return moved / (rate * LINK_EFFICIENCY)

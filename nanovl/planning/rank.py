@@ -1,0 +1,226 @@
+"""What one rank of a job holds and sends, found out in one process: a fake process group, tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nanovl.build import build_optimizers
+from nanovl.dist import all_reduce
+from nanovl.log import Log
+from nanovl.mesh import Mesh, build_mesh
+from nanovl.optim.build import Optimizers
+from nanovl.optim.expert_balance import ExpertBalance
+from nanovl.optim.gradients import global_norm
+from nanovl.parallelisms.apply import parallelize
+from nanovl.parallelisms.fsdp import reshards_after_forward
+from nanovl.parallelisms.init import materialize
+from nanovl.parallelisms.parallel_model import ParallelModel
+from nanovl.parallelisms.pipeline_schedule import Action
+from nanovl.planning.groups import Groups
+from nanovl.planning.ledger import Account, Ledger, Traffic
+from nanovl.planning.processes import each_in_a_process
+from nanovl.planning.rehearsal import Rehearsed
+from nanovl.planning.schedule import most_alive
+from nanovl.planning.sharding import (
+    Unit,
+    UseOfUnits,
+    fsdp_traffic,
+    gathered_bytes,
+    local_bytes,
+    units_of,
+    working_bytes,
+)
+from nanovl.planning.stages import PlannedJob, cut_alike, meta_model, rehearse_stages, transfers
+from nanovl.step import sum_over_ranks
+
+Purpose = Literal["sharding", "layers", "stages", "update"]
+"""Why ranks talk: FSDP's weights and gradients; inside of layers and loss; between stages; around the update."""
+
+CPU = torch.device("cpu")
+NOBODY = Log(-1)
+ONE_BY_ONE = [Action("forward", 0, 0), Action("backward", 0, 0)]
+"""The order of work without a pipeline: each micro-batch leaves nothing behind."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by what they are for."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Weights that FSDP has gathered, at most."""
+    activations: int
+    """Kept from forward to backward, of all micro-batches in flight."""
+    working: int
+    """Beside these, at most: inside of a layer, in the loss, and while gradients are summed."""
+    update: int
+    """Beside parameters, gradients and optimizer state, at most: inside of the optimizers' step."""
+    accumulates: bool
+    """Whether gradients are there before the last forward."""
+
+    @property
+    def persistent(self) -> int:
+        """What is there between steps, and gradients."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def in_passes(self) -> int:
+        """At most during forward and backward. Gradients that were not there before come as activations go."""
+        growing = (sum if self.accumulates else max)((self.gradients, self.activations))
+        return self.parameters + self.optimizer + self.gathered + growing + self.working
+
+    def most(self, *, offloaded: bool) -> int:
+        """At most on the GPU; `offloaded` = what persists is on the host, and updated there."""
+        if offloaded:
+            return self.gathered + self.activations + self.working
+        return max(self.in_passes, self.persistent + self.update)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's share of a step."""
+
+    rank: int
+    layers: list[int]
+    memory: Memory
+    logits: int
+    """Bytes of `memory.working` while the loss works on a chunk of logits."""
+    traffic: dict[Purpose, Traffic]
+    """By mesh axis, a step."""
+    members: dict[str, list[int]]
+    """Ranks of the job along each axis that traffic names, this one among them."""
+    micro_batches: int
+    in_flight: int
+    """Micro-batches whose activations are alive at the same time, those in several stages counted so often."""
+    split_backward: bool
+    """Whether the schedule parts gradients of inputs from those of weights."""
+    recomputed: float
+    """Share of the layers' forward that backward does again."""
+    update_flops: float
+    """Of the optimizers' matrix products."""
+
+
+def plan_ranks(asked: PlannedJob, ranks: Sequence[int]) -> list[RankPlan]:
+    """The shares of `ranks`. Name FSDP's first ranks among their peers: no shard is larger than theirs.
+
+    Each is found in a process of its own: torch keeps what it learnt of a mesh, its groups included, from one world to
+    the next.
+    """
+    return each_in_a_process(partial(_plan_rank, asked), ranks)
+
+
+def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
+    if dist.is_initialized():  # by the process this one was forked from
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=asked.world_size, store=FakeStore())
+    job = asked.job
+    mesh = build_mesh(job.parallelism, asked.world_size, CPU)
+    parallel = parallelize(meta_model(asked), job, mesh, asked.modes, NOBODY)
+    unsharded = cut_alike(asked, mesh)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        for part in parallel.parts:
+            materialize(part, CPU)
+    # not under the mode: the optimizers read ranks off the mesh, which must stay real
+    optimizers = build_optimizers(job, asked.spec, parallel, asked.rules, asked.modes, NOBODY)
+    balance = ExpertBalance(parallel.whole, mesh)
+    with fake:
+        update = _update(parallel, optimizers, balance)
+        runs = rehearse_stages(asked, parallel, unsharded, asked.rows_at_once(mesh))
+    micro_batches = asked.micro_batches(mesh)
+    order = parallel.pipeline.plan(micro_batches)[mesh.rank("pp")] if parallel.pipeline else ONE_BY_ONE
+    use = _use_of_units(asked, mesh)
+    units = [unit for part in parallel.parts for unit in units_of(part, mesh, use.reshards)]
+    groups, layers = Groups(mesh), Traffic()
+    for run in runs.values():
+        layers.add_all(run.traffic, micro_batches)
+    return RankPlan(
+        rank=rank,
+        layers=[int(index) for part in parallel.parts for index in part.layers],
+        memory=_memory(parallel, optimizers, units, use, runs, order, update),
+        logits=max(run.head_bytes for run in runs.values()),
+        traffic={
+            "sharding": fsdp_traffic(units, use),
+            "layers": groups.named(layers),
+            "stages": transfers(order, runs),
+            "update": groups.named(update.traffic),
+        },
+        members=groups.members,
+        micro_batches=micro_batches,
+        in_flight=most_alive(order, dict.fromkeys(runs, 1)),
+        split_backward=any(action.kind == "backward_weight" for action in order),
+        recomputed=sum(run.recomputed_flops for run in runs.values())
+        / max(sum(run.forward_flops for run in runs.values()), 1.0),
+        update_flops=update.flops + update.batched_flops,
+    )
+
+
+def _memory(
+    parallel: ParallelModel,
+    optimizers: Optimizers,
+    units: list[Unit],
+    use: UseOfUnits,
+    runs: Mapping[int, Rehearsed],
+    order: Sequence[Action],
+    update: Account,
+) -> Memory:
+    parameters = [p for _, p in parallel.named_parameters()]
+    states = (v for o in optimizers.optimizers for state in o.state.values() for v in state.values())
+    return Memory(
+        parameters=sum(map(local_bytes, parameters)),
+        gradients=sum(local_bytes(p) for p in parameters if p.requires_grad),
+        optimizer=sum(map(local_bytes, states)),
+        gathered=gathered_bytes(units, use),
+        activations=most_alive(order, {stage: run.kept_bytes for stage, run in runs.items()}),
+        working=working_bytes(units, use, max(run.working_bytes for run in runs.values())),
+        update=update.peak,
+        accumulates=use.reduces > 1,
+    )
+
+
+def _use_of_units(asked: PlannedJob, mesh: Mesh) -> UseOfUnits:
+    """How often a step gathers weights and sums gradients."""
+    config, micro_batches = asked.job.parallelism, asked.micro_batches(mesh)
+    pipelined, reshards = mesh.size("pp") > 1, reshards_after_forward(config, mesh)
+    return UseOfUnits(
+        reshards=reshards,
+        copies=mesh.size("dp_replicate"),
+        # the stages of a pipeline keep weights until their last backward, and sum gradients then
+        gathers=1 if pipelined and not reshards else micro_batches,
+        reduces=1 if pipelined or config.fsdp_reduce_last_only else micro_batches,
+        micro_batches=micro_batches,
+        param_bytes=asked.modes.param_dtype.itemsize,
+        reduce_bytes=getattr(torch, asked.job.training.mixed_precision_reduce).itemsize,
+    )
+
+
+def _update(parallel: ParallelModel, optimizers: Optimizers, balance: ExpertBalance) -> Account:
+    """What a step does outside of forward and backward: loss and norm, experts' loads, and the optimizers' own."""
+    mesh, parameters = parallel.mesh, dict(parallel.named_parameters())
+    for ledger in (
+        Ledger(),
+        Ledger(),
+    ):  # once in vain: DTensor's first time tries shapes out, on whole tensors
+        for parameter in parameters.values():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with ledger:
+            if mesh.data_degree > 1:
+                all_reduce(torch.zeros((), dtype=torch.float64), group=mesh.group("batch"))
+            counted = [p for name, p in parameters.items() if name not in parallel.elsewhere]
+            global_norm(counted, mesh.group("pp"))
+            sum_over_ranks(mesh, *torch.zeros(2, dtype=torch.float64))
+            if parallel.pipeline is not None:
+                parallel.pipeline.tied.sum_gradients()
+            balance.end_step(update=True)
+            optimizers.step()
+    return ledger.account

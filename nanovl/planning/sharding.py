@@ -1,0 +1,136 @@
+"""FSDP seen from outside: which parameters travel together, how often, and what a rank holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from nanovl.mesh import Axis, Mesh
+from nanovl.planning.ledger import Traffic
+from nanovl.spec import Model
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP gathers together."""
+
+    shard_elements: int
+    """Numbers one rank holds, padding included: those of FSDP's first rank, whose shard no other's exceeds."""
+    axis: Axis
+    """Ranks that share them."""
+    shards: int
+    reshards: bool
+    """Freed between forward and backward."""
+    partial_elements: tuple[int, ...]
+    """Whole sizes of parameters of which every tensor rank has a copy: their gradients are summed one by one."""
+
+    @property
+    def whole_elements(self) -> int:
+        """Numbers when gathered; still cut over tensor and expert ranks."""
+        return self.shard_elements * self.shards
+
+
+def units_of(part: Model, mesh: Mesh, reshards: bool) -> list[Unit]:
+    """The units of a part after fully_shard, blocks first, the root last; `reshards` = the policy of blocks."""
+    found, root = [], cast(nn.Module, part)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            parameters = list(_own_parameters(module))
+            axis: Axis = "efsdp" if any(_is_on(p, "efsdp") for p in parameters) else "fsdp"
+            elements = [local_elements(p) for p in parameters]
+            partial = [
+                n * mesh.size(axis) for n, p in zip(elements, parameters, strict=True) if _is_copied(p, "tp")
+            ]
+            found.append(
+                Unit(sum(elements), axis, mesh.size(axis), reshards and module is not root, tuple(partial))
+            )
+    return [*found[1:], found[0]]
+
+
+@dataclass(frozen=True)
+class UseOfUnits:
+    """What a step does with the units."""
+
+    reshards: bool
+    """Blocks free their weights between forward and backward."""
+    copies: int
+    """Of the sharded model (HSDP)."""
+    gathers: int
+    """Times weights are needed; twice each where they are freed in between."""
+    reduces: int
+    """Times gradients are summed."""
+    micro_batches: int
+    param_bytes: int
+    """Of one gathered weight."""
+    reduce_bytes: int
+    """Of one gradient while it is summed."""
+
+
+def fsdp_traffic(units: Iterable[Unit], use: UseOfUnits) -> Traffic:
+    """Weights gathered and gradients summed in a step."""
+    traffic = Traffic()
+    for unit in units:
+        gathers = use.gathers * (2 if unit.reshards else 1)
+        summed = use.reduces * use.reduce_bytes
+        if unit.shards > 1:
+            traffic.add(unit.axis, "all-gather", gathers * unit.whole_elements * use.param_bytes, gathers)
+            traffic.add(unit.axis, "reduce-scatter", summed * unit.whole_elements, use.reduces)
+        for elements in unit.partial_elements:
+            traffic.add("tp", "all-reduce", use.reduces * elements * use.param_bytes, use.reduces)
+        if use.copies > 1:
+            traffic.add("dp_replicate", "all-reduce", summed * unit.shard_elements, use.reduces)
+    return traffic
+
+
+def gathered_bytes(units: Iterable[Unit], use: UseOfUnits) -> int:
+    """Most memory of gathered weights: what stays gathered, and two of the others, one in use and one on its way."""
+    sizes = [(unit.whole_elements * use.param_bytes, unit.reshards) for unit in units]
+    passing = sorted(size for size, reshards in sizes if reshards)
+    return sum(size for size, reshards in sizes if not reshards) + sum(passing[-2:])
+
+
+def working_bytes(units: Collection[Unit], use: UseOfUnits, in_layers: int) -> int:
+    """Most memory at work: in layers, or, when a layer is done, its whole gradient and a copy in the dtype in which it
+    is summed. Gradients that wait for the last micro-batch are there all the time."""
+    largest, everything = (f(unit.whole_elements for unit in units) for f in (max, sum))
+    summing = largest * (use.param_bytes + use.reduce_bytes)
+    waiting = everything * use.reduce_bytes if use.reduces < use.micro_batches else 0
+    return max(in_layers, summing) + waiting
+
+
+def local_elements(tensor: torch.Tensor) -> int:
+    """Numbers of a tensor that this rank holds."""
+    return prod(tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape)
+
+
+def local_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor that this rank holds."""
+    return local_elements(tensor) * tensor.element_size()
+
+
+def _own_parameters(unit: nn.Module) -> Iterable[nn.Parameter]:
+    """Parameters of a unit without those of units inside it."""
+    inner = {
+        id(p)
+        for module in unit.modules()
+        if module is not unit and isinstance(module, FSDPModule)
+        for p in module.parameters()
+    }
+    return (p for p in unit.parameters() if id(p) not in inner)
+
+
+def _is_on(parameter: Any, axis: str) -> bool:
+    return isinstance(parameter, DTensor) and axis in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _is_copied(parameter: Any, axis: str) -> bool:
+    if not _is_on(parameter, axis):
+        return False
+    return parameter.placements[parameter.device_mesh.mesh_dim_names.index(axis)].is_replicate()

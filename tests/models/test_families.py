@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovl.config.schema import Job, Model, Parallelism, Tokenizer, Training
+from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.decoder import DecoderConfig
+from nanovl.registry import family, resolve_model, spec_from_dict, spec_to_dict
+from nanovl.shrink import shrink
+
+COUNTS = {
+    ("llama3", "1b"): 1_235_814_400,
+    ("llama3", "3b"): 3_212_749_824,
+    ("llama3", "8b"): 8_030_261_248,
+    ("llama3", "70b"): 70_553_706_496,
+    ("llama3", "405b"): 405_853_388_800,
+    ("qwen3", "0.6b"): 596_049_920,
+    ("qwen3", "1.7b"): 1_720_574_976,
+    ("qwen3", "4b"): 4_022_468_096,
+    ("qwen3", "8b"): 8_190_735_360,
+    ("qwen3", "14b"): 14_768_307_200,
+    ("qwen3", "32b"): 32_762_123_264,
+    ("olmo2", "7b"): 7_298_617_344,
+    ("olmo2", "13b"): 13_716_198_400,
+    ("olmo2", "32b"): 32_234_279_936,
+    ("olmo3", "7b"): 7_298_011_136,
+    ("olmo3", "32b"): 32_233_522_176,
+    ("smollm3", "3b"): 3_075_098_624,
+    ("gemma3", "270m"): 268_098_176,
+    ("gemma3", "1b"): 999_885_952,
+    ("gemma3", "4b"): 3_880_263_168,
+    ("gemma3", "12b"): 11_766_034_176,
+    ("gemma3", "27b"): 27_009_346_304,
+}
+"""Parameters of the same sizes built by transformers; see tests/parity/test_flavors_hf.py."""
+NAMES = sorted({name for name, _ in COUNTS})
+
+
+def debug(name: str) -> DecoderConfig:
+    config: DecoderConfig = family(name).flavors["debug"]()
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flavors_have_the_published_parameters(name: str) -> None:
+    found = family(name)
+    assert [*found.flavors] == [f for n, f in COUNTS if n == name] + ["debug"]
+    for flavor, make in found.flavors.items():
+        config = make()
+        config.validate()
+        if flavor != "debug":
+            with torch.device("meta"):
+                model = found.model(config)
+            assert sum(p.numel() for p in model.parameters()) == COUNTS[name, flavor], flavor
+
+
+def test_last_layers_of_gemma_are_local_and_of_the_others_full() -> None:
+    def kinds(name: str, flavor: str) -> list[str]:
+        return [n[0] for n in family(name).flavors[flavor]().layer_names()]
+
+    assert kinds("gemma3", "1b") == list("sssssf" * 4 + "ss")
+    assert kinds("olmo3", "7b") == list("sssf" * 8)
+    assert kinds("smollm3", "3b") == list("rrrn" * 9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recorded_config_returns(name: str) -> None:
+    for flavor in family(name).flavors:
+        spec = resolve_model(Model(name=name, flavor=flavor), 512)
+        again = spec_from_dict(spec_to_dict(spec))
+        assert again.config == spec.config
+        assert type(again.config.blocks) is dict
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_equal_those_torch_counts(name: str) -> None:
+    config = debug(name)
+    for block in config.blocks.values():
+        assert isinstance(block.mixer, AttentionConfig)
+        block.mixer.kernel = "eager"
+    model = family(name).model(config)
+    tokens = torch.randint(0, config.vocab_size, (2, 40))
+    with FlopCounterMode(display=False) as counter:
+        logits = model(tokens)
+    # written out, attention computes the masked scores too
+    assert counter.get_total_flops() == 80 * model.forward_flops_per_token(lambda window: 40)
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == 2 * 80 * model.forward_flops_per_token(lambda window: 40)
+
+
+def test_flops_see_windows() -> None:
+    model = family("olmo3").model(debug("olmo3"))
+    everywhere = model.forward_flops_per_token(lambda window: 100)
+    windowed = model.forward_flops_per_token(lambda window: 100 if window is None else 30)
+    assert everywhere - windowed == 3 * 4 * 4 * 16 * 70  # 3 sliding layers, 2 H (16 + 16) keys
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shrunk_released_sizes_still_build(name: str) -> None:
+    flavor = next(iter(family(name).flavors))
+    training = Training(seq_len=4096, global_batch_size=8, steps=10)
+    job = Job(
+        model=Model(name=name, flavor=flavor),
+        tokenizer=Tokenizer(vocab_size=family(name).flavors[flavor]().vocab_size),
+        training=training,
+        parallelism=Parallelism(),
+    )
+    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+    small = shrink(job, spec.config, 1)
+    config = resolve_model(small.model, small.tokenizer.vocab_size).config
+    assert {b.norm_placement for b in config.layers()} == {b.norm_placement for b in spec.config.layers()}
+    assert set(config.layer_names()) == set(spec.config.layer_names())
+    model = family(name).model(config)
+    assert sum(p.numel() for p in model.parameters()) < 500_000
+    model(torch.randint(0, config.vocab_size, (1, small.training.seq_len)))
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "change", "message"),
+    [
+        ("llama3", "full", {"sinks": True}, r"model\.blocks\.full\.mixer\.sinks = True: cannot be written"),
+        ("qwen3", "full", {"sliding_window": 5}, r"sliding_window = 5: .* Qwen3ForCausalLM has None"),
+        ("olmo2", "full", {"qk_norm": "head"}, "qk_norm = 'head': .* Olmo2ForCausalLM has 'full'"),
+        ("olmo3", "full", {"sliding_window": 9}, r"blocks\.full\.mixer\.sliding_window = 9"),
+        ("smollm3", "nope", {"sliding_window": 9}, r"blocks\.nope\.mixer\.sliding_window = 9"),
+        ("gemma3", "sliding", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ],
+)
+def test_what_transformers_cannot_say_is_refused(
+    name: str, block: str, change: dict[str, object], message: str
+) -> None:
+    found, config = family(name), debug(name)
+    assert found.hf is not None
+    config.init.std = 0.006  # weights of a checkpoint have begun already
+    assert found.hf.config_to_hf(config)["model_type"]
+    config.blocks[block].mixer = replace(config.blocks[block].mixer, **change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        found.hf.config_to_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3", {"layer_types": ["linear_attention"] * 6}, "linear_attention is none of"),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, "one for full_attention"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 8, "truncate": False}}},
+            "truncate = false",
+        ),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 12345}, "of which layers"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(name: str, change: dict[str, object], message: str) -> None:
+    hf = family(name).hf
+    assert hf is not None
+    given = {**hf.config_to_hf(debug(name)), **change}
+    with pytest.raises(ConfigError, match=message):
+        hf.config_from_hf({key: value for key, value in given.items() if value is not None})
+
+
+def test_configs_of_transformers_4_are_read() -> None:
+    gemma, olmo, llama = (family(name).hf for name in ("gemma3", "olmo3", "llama3"))
+    assert gemma is not None
+    assert olmo is not None
+    assert llama is not None
+    said = gemma.config_to_hf(debug("gemma3"))
+    old = {k: v for k, v in said.items() if k not in ("rope_parameters", "layer_types")}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    assert gemma.config_from_hf(old) == debug("gemma3")
+    said = olmo.config_to_hf(debug("olmo3"))
+    old = {k: v for k, v in said.items() if k not in ("rope_parameters", "layer_types")}
+    assert olmo.config_from_hf({**old, "rope_theta": 5e5}) == debug("olmo3")
+    said = llama.config_to_hf(debug("llama3"))
+    assert said["rope_scaling"]["rope_type"] == "llama3"
+    old = {**said, "rope_scaling": {**said["rope_scaling"], "type": "llama3"}}
+    assert llama.config_from_hf(old) == debug("llama3")
