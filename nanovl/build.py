@@ -85,7 +85,9 @@ def matrix_parameters(spec: ModelSpec) -> int:
         model = spec.family.model(spec.config)
     linears = [m.weight for b in model.blocks() for m in b.modules() if isinstance(m, nn.Linear)]
     heads = [m.weight for m in model.modules() if isinstance(m, Head)]
-    return sum(w.numel() for w in linears + heads) + sum(layer.active_weights for layer in expert_layers(model))
+    return sum(w.numel() for w in linears + heads) + sum(
+        layer.active_weights for layer in expert_layers(model)
+    )
 
 
 def build_model(

@@ -141,7 +141,9 @@ def shake(model: ParallelModel, seed: int) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The full value of a parameter or gradient; a collective where it is sharded."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()  # one rank's is its own memory
+    return (
+        tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    ).clone()  # one rank's is its own memory
 
 
 def _steps_on_rank(rank: int, job: Job, world: int, steps: int) -> Outcome:

@@ -109,7 +109,9 @@ def _joined(parts: Sequence[Model]) -> nn.Module:
     for part in parts:
         layers.update(part.layers.items())
         children = {name: child for name, child in part.named_children() if name != "layers"}
-        copies = {id(p) for name, child in children.items() if hasattr(whole, name) for p in child.parameters()}
+        copies = {
+            id(p) for name, child in children.items() if hasattr(whole, name) for p in child.parameters()
+        }
         for name, child in children.items():
             if any(id(parameter) not in copies for parameter in child.parameters()):
                 whole.add_module(name, child)

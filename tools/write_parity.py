@@ -21,7 +21,9 @@ from nanovl.log import out
 ROOT = Path(__file__).parents[1]
 HEAD = """# Every mesh against one rank
 
-Written by `python tools/write_parity.py` at commit {commit}, torch {torch}, {hardware}.
+{count} of the {all} meshes of tests/ranks/matrix.py, written by `python tools/write_parity.py{flag}` at
+commit {commit}, torch {torch}, {hardware}.
+
 
 {steps} steps of small models in float32 on gloo ranks: packed rows of unequal documents, targets without loss, unequal
 loss weights, 4 or 8 micro-batches, gradients clipped, no warm-up. Initial weights are equal bit for bit, or the row
@@ -52,15 +54,16 @@ def row(case: Any, steps: int) -> tuple[str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name holds this text; nothing is written")
+    parser.add_argument("--covering", action="store_true", help="the meshes of the default test run only")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests" / "ranks"))
-    from matrix import MATRIX
+    from matrix import COVERING, MATRIX
     from meshes import GRADIENT, LOSS, WEIGHT
 
     rows, failed = [], 0
     for case in MATRIX:
-        if args.only not in str(case):
+        if args.only not in str(case) or (args.covering and (case.model, case.mesh) not in COVERING):
             continue
         began = time.perf_counter()
         line, ok = row(case, args.steps)
@@ -71,6 +74,9 @@ def main() -> int:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     )
     head = HEAD.format(
+        count=len(rows),
+        all=len(MATRIX),
+        flag=" --covering" if args.covering else "",
         commit=commit.stdout.strip(),
         torch=torch.__version__,
         hardware=hardware(torch.device("cpu")),
