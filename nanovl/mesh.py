@@ -104,11 +104,12 @@ def import_torchtitan() -> tuple[Any, Any]:
 def build_mesh(parallelism: Parallelism, world_size: int, device: torch.device) -> Mesh:
     """The mesh of a job whose degrees check.py has accepted; needs the process group."""
     tools, module = import_torchtitan()
+    parallel_dims: Any = module.ParallelDims
     tools.device_type = module.device_type = device.type  # 0.2.2 takes "cuda" for granted, also on a CPU host
     # gathering over two axes in turn is meant; torch would warn of it on every rank
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-    class Dims(module.ParallelDims):
+    class Dims(parallel_dims):
         def _mesh_exist(self, name: str, degree: int) -> bool:
             # fully_shard is applied at degree 1 too; 0.2.2 would give that axis a fake backend that moves no data
             return name in ("fsdp", "efsdp") or super()._mesh_exist(name, degree)

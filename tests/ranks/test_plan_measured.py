@@ -303,4 +303,5 @@ def test_plan_is_what_a_run_does(model: str, world: int, fields: dict[str, Any])
             sent[run.groups.get(axis, axis), kind] += size
     assert sent.keys() == run.sent.keys()
     for key, size in run.sent.items():
-        assert close(sent[key], size), key
+        # a plan shares tokens out evenly, and a fresh router does not
+        assert close(sent[key], size, 0.1 if "expert_parallel_degree" in fields else 0.05), key
