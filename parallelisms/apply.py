@@ -26,7 +26,7 @@ from nanovl.parallelisms.compile import apply_compile
 from nanovl.parallelisms.fsdp import apply_fsdp
 from nanovl.parallelisms.memory import apply_activation_checkpointing
 from nanovl.parallelisms.parallel_model import ParallelModel
-from nanovl.parallelisms.pipeline import Pipeline
+from nanovl.parallelisms.pipeline import Pipeline, whole_backward_reasons
 from nanovl.spec import Model
 
 
@@ -90,5 +90,19 @@ def parallelize(model: Model, job: Job, mesh: Mesh, modes: Modes, log: Log) -> P
     runner = None if mesh.size("pp") == 1 else Pipeline(parts, job, mesh, modes)
     dtypes = f"{str(modes.param_dtype).removeprefix('torch.')} compute, {job.training.mixed_precision_reduce} reduce"
     log.say(f"  applied   {', '.join(f'{what}: {n}' for what, n in applied.items() if n)}; {dtypes}")
+    if runner is not None:
+        _say_pipeline(model, job, mesh, modes, log)
     sequence = context.sequence_cut(config, mesh)
-    return ParallelModel(parts, mesh, sequence, runner, config.fsdp_reduce_last_only, elsewhere)
+    return ParallelModel(parts, mesh, sequence, runner, bool(config.fsdp_reduce_last_only), elsewhere)
+
+
+def _say_pipeline(model: Model, job: Job, mesh: Mesh, modes: Modes, log: Log) -> None:
+    """Which layers are where, and whether the schedule can do what it is for."""
+    schedule, counts = job.parallelism.pipeline_parallel_schedule, pipeline_split.layers_of_stages(model, job)
+    log.say(f"  pipeline  {schedule} over {mesh.size('pp')} ranks, layers of each stage: {counts}")
+    reasons = whole_backward_reasons(job, mesh, modes)
+    if schedule in pipeline_split.SPLIT_BACKWARD and reasons:
+        log.warn(
+            f"  pipeline  {schedule} cannot part weights' gradients from inputs' with {' and '.join(reasons)}: results "
+            "are the same, but nothing fills its bubble; turn that off, or use Interleaved1F1B"
+        )

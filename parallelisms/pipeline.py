@@ -66,6 +66,16 @@ class Step:
     """Micro-batches that are through with backward, by stage."""
 
 
+def whole_backward_reasons(job: Job, mesh: Mesh, modes: Modes) -> list[str]:
+    """Settings under which a block's backward is one node of the graph, which halves would run twice."""
+    found = {
+        "compiled blocks": modes.compile,
+        "activation_checkpoint": job.activation_checkpoint.mode != "none",
+        'fsdp_reshard_after_forward = "always"': reshards_after_forward(job.parallelism, mesh),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
 class Pipeline:
     """Runs batches through all ranks' stages; every rank of a pipeline makes the same calls."""
 
@@ -77,11 +87,10 @@ class Pipeline:
         self.tied = TiedWeights(self.parts, self.last, self.rank_of, self.group)
         self.stream_dtype, self.sequence_ranks = modes.param_dtype, mesh.size("tp")
         self.reshards = reshards_after_forward(self.config, mesh)
-        # a block that is compiled or recomputed has its whole backward in one node, which would run twice
-        whole_blocks = modes.compile or self.reshards or job.activation_checkpoint.mode != "none"
+        whole_backward = bool(whole_backward_reasons(job, mesh, modes))
         # what passes through a stage leaves it as a view, which nothing here changes in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        self.plan = cache(partial(actions, self.config, split_backward=not whole_blocks))
+        self.plan = cache(partial(actions, self.config, split_backward=not whole_backward))
 
     def backward(self, batches: Sequence[Batch], objective: Callable[..., Any], documents: bool) -> Tensor:
         """Forward and backward of all micro-batches; the sum of their losses on the last stage's ranks, else 0.

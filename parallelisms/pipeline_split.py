@@ -26,6 +26,8 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 """Schedules with two, so that a rank holds the first and the last."""
 IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
 """Schedules that go through the micro-batches in equal rounds."""
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Schedules that fill their bubbles with weights' gradients."""
 
 
 def split(model: Model, job: Job, mesh: Mesh) -> tuple[list[Model], frozenset[str]]:
@@ -132,6 +134,7 @@ def mistakes(model: Model, job: Job, world_size: int) -> list[str]:
     return _stage_mistakes(config) or [
         *_layer_mistakes(model, config),
         *_micro_batch_mistakes(job, world_size),
+        *_sum_mistakes(config),
     ]
 
 
@@ -199,6 +202,15 @@ def _micro_batch_mistakes(job: Job, world_size: int) -> list[str]:
     return [
         f"training.global_batch_size = {rows}: {found} micro-batches of {dp} x {local} rows, and {schedule} on {ranks} "
         f"ranks {_wants(schedule, ranks, found)}; use {near}, or set training.local_batch_size"
+    ]
+
+
+def _sum_mistakes(config: Parallelism) -> list[str]:
+    if config.fsdp_reduce_last_only is not False:
+        return []
+    return [
+        "parallelism.fsdp_reduce_last_only = false: a pipeline sums gradients over data ranks once a step, after a "
+        "stage's last backward; leave it out"
     ]
 
 

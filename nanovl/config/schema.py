@@ -194,8 +194,9 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free gathered weights between forward and backward; `default`: when they are sharded over more than one rank,
     and no pipeline runs many micro-batches through them."""
-    fsdp_reduce_last_only: bool = False
-    """Sum gradients over ranks after the last micro-batch only: less traffic, but whole gradients stay in memory."""
+    fsdp_reduce_last_only: bool | None = None
+    """Sum gradients over ranks after the last micro-batch only: less traffic, but whole gradients stay in memory;
+    none = where there is a pipeline, which always does."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory between uses; wants a GPU."""
     tensor_parallel_degree: int = 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovl.config.schema import ActivationCheckpoint, Job, Model
+from nanovl.config.schema import ActivationCheckpoint, Job, Model, Parallelism
 from nanovl.device import Modes
 from nanovl.dist import all_reduce, fork_ranks
 from nanovl.log import Log
@@ -197,6 +197,46 @@ def test_every_applied_step_is_logged_with_a_count() -> None:
     assert fork_ranks(log_line, 1, "selective")[0].startswith(
         "applied   activation checkpointing (blocks): 2, FSDP2 (units): 4"
     )
+
+
+def pipeline_lines(rank: int, compiled: bool, changes: dict[str, Any]) -> list[str]:
+    job = Job(**changes)
+    job.parallelism.pipeline_parallel_degree = 2
+    job.parallelism.pipeline_parallel_schedule = "ZBVZeroBubble"
+    lines: list[str] = []
+    log = Log(1)
+    log.say = log.warn = lines.append  # type: ignore[method-assign]
+    spec = resolve_model(Model(name="qwen3", flavor="debug", overrides={"num_hidden_layers": 4}), 500)
+    with torch.device("meta"):
+        model = spec.family.model(spec.config)
+    parallelize(model, job, build_mesh(job.parallelism, 2, CPU), Modes(torch.float32, compiled), log)
+    return [line.strip() for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "changes", "reason"),
+    [
+        (False, {}, ""),
+        (True, {}, "compiled blocks"),
+        (
+            False,
+            {
+                "activation_checkpoint": ActivationCheckpoint(mode="op"),
+                "parallelism": Parallelism(fsdp_reshard_after_forward="always"),
+            },
+            'activation_checkpoint and fsdp_reshard_after_forward = "always"',
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_do_what_it_is_for_says_so(
+    compiled: bool, changes: dict[str, Any], reason: str
+) -> None:
+    layout, *warned = fork_ranks(pipeline_lines, 2, compiled, changes)[0]
+    assert layout == "pipeline  ZBVZeroBubble over 2 ranks, layers of each stage: [1, 1, 1, 1]"
+    expected = (
+        f"ZBVZeroBubble cannot part weights' gradients from inputs' with {reason}: results are the same"
+    )
+    assert [expected in line for line in warned] == [True] * bool(reason)
 
 
 def cpu_shards_differ(rank: int) -> bool:

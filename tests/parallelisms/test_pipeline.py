@@ -148,6 +148,11 @@ def test_mean_keys_of_a_window() -> None:
             "3 micro-batches of 1 x 1 rows, and DualPipeV on 2 ranks wants one for each of the 4 stages; use 4",
         ),
         (
+            {"fsdp_reduce_last_only": False},
+            {},
+            "parallelism.fsdp_reduce_last_only = false: a pipeline sums gradients over data ranks once a step",
+        ),
+        (
             {"pipeline_parallel_degree": 1, "pipeline_parallel_layers": [4]},
             {},
             "pipeline_parallel_layers: there are no stages with pipeline_parallel_degree = 1; remove it",
