@@ -9,7 +9,8 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +68,16 @@ def set_timeout(seconds: float, keep: Collection[dist.ProcessGroup | None] = ())
         if group not in keep and dist.get_backend(group) != "fake":
             # torch has no public name for it: torch.distributed.set_timeout is in no release up to 2.13
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def patience(
+    seconds: float, back_to: float, keep: Collection[dist.ProcessGroup | None] = ()
+) -> Iterator[None]:
+    """`set_timeout(seconds)` for what runs inside, whose length says nothing of a hang, and `back_to` behind it."""
+    set_timeout(seconds, keep)
+    yield  # an error goes past the rest: other ranks would not come to its barrier
+    set_timeout(back_to, keep)
 
 
 def stop() -> None:

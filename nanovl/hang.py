@@ -86,7 +86,8 @@ class HangWatch:
             f"{me} waited in vain for another rank after step {self.step}: {error}\n"
             f"  {self.stacks} shows where it waits, hang_rank_*.txt beside it where the others are, and\n"
             f"  torchfrtrace --prefix {COLLECTIVES} {self.folder} compares their collectives. A rank that was only "
-            "slow needs a longer comm.train_timeout_seconds, or comm.init_timeout_seconds before the first step"
+            "slow needs a longer comm.train_timeout_seconds; comm.init_timeout_seconds before the first step, and "
+            "comm.outside_timeout_seconds where it saved, evaluated or sampled"
         )
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import gc
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -138,7 +138,8 @@ class Trainer:
         if self.main:
             run.write_job(job, config_files)
             run.begin(hardware(device), self.world.size, str(self.mesh))
-        self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
+        with dist.patience(job.comm.outside_timeout_seconds, job.comm.init_timeout_seconds):
+            self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
         self.spec = architecture(job, self.tokenizer)
         self.job, rules = resolve_sizes(job, self.spec, self.world.size)
         self.modes = decide_modes(
@@ -202,17 +203,17 @@ class Trainer:
                 self.log.say(
                     f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on"
                 )
-            first = self.step + 1
+            self.watch.step, first = self.step, self.step + 1
             while self.step < steps:
-                self.watch.step = self.step
                 stop = self._one_step(meter)
+                self.watch.step = self.step
                 if self.step == first:  # of this process: all is loaded, compiled and connected
                     dist.set_timeout(job.comm.train_timeout_seconds, keep=[self.checkpointer.group])
                 last = self.step == steps
                 if stop or (job.checkpoint.interval and self.step % job.checkpoint.interval == 0) or last:
                     self._outside(meter, self._save)
                 if stop and not last:
-                    self.checkpointer.wait()
+                    self._outside(meter, self.checkpointer.wait)
                     name = (
                         signal.Signals(self.stop_signal).name if self.stop_signal else "another rank's signal"
                     )
@@ -222,7 +223,7 @@ class Trainer:
                     self._outside(meter, self._validate)
                 if job.sampling.freq and self.step % job.sampling.freq == 0 and not last:
                     self._outside(meter, self._sample)
-            self._finish()
+            self._outside(meter, self._finish)
             return "finished"
         finally:
             gc.enable()
@@ -469,10 +470,14 @@ class Trainer:
             )
         return path
 
-    def _outside(self, meter: Meter, work: Any) -> None:
-        """Do what is not training, off the clock."""
+    def _outside(self, meter: Meter, work: Callable[[], object]) -> None:
+        """Do what is not training, off the clock and with the patience that it needs."""
+        comm = self.job.comm
         meter.pause_clock()
-        work()
+        with dist.patience(
+            comm.outside_timeout_seconds, comm.train_timeout_seconds, keep=[self.checkpointer.group]
+        ):
+            work()
         meter.resume_clock()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -48,6 +48,7 @@ def _bounds(job: Job) -> list[str]:
         ("optimizer.muon.iterations", job.optimizer.muon.iterations),
         ("comm.init_timeout_seconds", job.comm.init_timeout_seconds),
         ("comm.train_timeout_seconds", job.comm.train_timeout_seconds),
+        ("comm.outside_timeout_seconds", job.comm.outside_timeout_seconds),
         ("comm.max_clock_skew_seconds", job.comm.max_clock_skew_seconds),
     ]
     not_negative = [

@@ -314,6 +314,8 @@ class Comm:
     compiles and connects."""
     train_timeout_seconds: int = 100
     """Seconds a collective may wait after that step. One rank that hangs ends the run this much later."""
+    outside_timeout_seconds: int = 1800
+    """Seconds a collective may wait outside of steps: while one trains the tokenizer, saves, evaluates or samples."""
     trace_buf_size: int = 20_000
     """Latest collectives each rank remembers, written to `traces/` of the run folder when one hangs; 0 = none."""
     check_at_start: bool = True

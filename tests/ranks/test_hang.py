@@ -17,7 +17,8 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed import ProcessGroup
 
-from nanovl import dist, hang, trainer
+from nanovl import build, dist, hang, trainer
+from nanovl.checkpoint.manager import Checkpointer
 from nanovl.config.schema import Job
 from nanovl.dist import RankFailed, fork_ranks
 from nanovl.errors import NanovlError
@@ -134,6 +135,7 @@ def test_a_training_run_that_hangs_says_so_and_leaves_a_file_per_rank(
         *tiny_flags,
         "--training.steps=5",
         "--comm.train_timeout_seconds=2",
+        "--checkpoint.interval=1",  # the limit is short again behind every save
         f"--job.run_dir={tmp_path}/run",
     ]
     job = read_job([CONFIG], flags, world_size=2)
@@ -148,6 +150,63 @@ def test_a_training_run_that_hangs_says_so_and_leaves_a_file_per_rank(
     session = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"][-1]
     assert session["exit_reason"].startswith("failed: rank 0")
     assert "ranks     2 ranks on 1 machine agree" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+
+
+def slow(seconds: float, work: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return work(*args, **kwargs)
+
+    return run
+
+
+def be_slow_outside_of_steps(rank: int, job: Job) -> None:
+    """Each rank in turn is slower than the limits of start and training."""
+    if rank == 0:
+        build.train_tokenizer = slow(6.0, build.train_tokenizer)
+        trainer.compressor_bpb = slow(3.0, trainer.compressor_bpb)
+    else:
+        Checkpointer.save = slow(3.0, Checkpointer.save)  # type: ignore[method-assign]
+    trainer.train(job)
+
+
+def test_saving_evaluating_and_training_a_tokenizer_may_take_longer_than_a_step(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    flags = [
+        *tiny_flags,
+        "--tokenizer.path=",
+        "--tokenizer.trainer=tokenizers",  # the other's threads are lost in a fork
+        "--tokenizer.train_characters=20000",
+        "--training.steps=2",
+        "--comm.init_timeout_seconds=5",
+        "--comm.train_timeout_seconds=2",
+        "--validation.freq=1",
+        "--validation.final_max_bytes=2000",
+        "--validation.max_bytes=2000",
+        f"--job.run_dir={tmp_path}/run",
+    ]
+    fork_ranks(be_slow_outside_of_steps, 2, read_job([CONFIG], flags, world_size=2))
+    session = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"][-1]
+    assert session["exit_reason"] == "finished"
+
+
+def test_outside_of_steps_there_is_a_limit_too(tmp_path: Path, tiny_flags: list[str]) -> None:
+    flags = [
+        *tiny_flags,
+        "--training.steps=1",
+        "--comm.outside_timeout_seconds=2",
+        f"--job.run_dir={tmp_path}/run",
+    ]
+    with pytest.raises(RankFailed, match=r"(?s)waited in vain .*after step 1.*comm.outside_timeout_seconds"):
+        fork_ranks(never_save, 2, read_job([CONFIG], flags, world_size=2))
+
+
+def never_save(rank: int, job: Job) -> None:
+    hang.NEWS_SECONDS = 0.2
+    if rank == 1:
+        Checkpointer.save = slow(20.0, Checkpointer.save)  # type: ignore[method-assign]
+    trainer.train(job)
 
 
 def train_rank(rank: int, job: Job) -> None:
