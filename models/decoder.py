@@ -87,6 +87,8 @@ class DecoderConfig:
     """Factor on embeddings, rounded to their dtype first."""
     embed_norm: bool = False
     """Norm right after the embedding."""
+    logit_scale: float = 1.0
+    """Factor on logits, before their cap."""
     final_logit_softcapping: float | None = None
     """Logits become cap * tanh(logits / cap)."""
     max_position_embeddings: int = 4096
@@ -106,9 +108,9 @@ class DecoderConfig:
     def validate(self) -> None:
         """Raises ConfigError with everything that does not fit together."""
         wrong = []
-        for key, value in (("vocab_size", self.vocab_size), ("hidden_size", self.hidden_size)):
-            if value <= 0:
-                wrong.append(f"{key} = {value}: wants a number above 0")
+        for key in ("vocab_size", "hidden_size", "logit_scale"):
+            if getattr(self, key) <= 0:
+                wrong.append(f"{key} = {getattr(self, key)}: wants a number above 0")
         if self.num_hidden_layers < max(1, len(self.prefix) + len(self.suffix)):
             wrong.append(
                 f"num_hidden_layers = {self.num_hidden_layers}: wants 1 or more, and room for prefix and suffix"
@@ -123,8 +125,7 @@ class DecoderConfig:
             wrong.append(f"pattern: empty; name at least one of {', '.join(self.blocks)}")
         for name, block in self.blocks.items():
             wrong += [f"blocks.{name}.mixer.{m}" for m in block.mixer.mistakes()]
-            if isinstance(block.ffn, MoeConfig):
-                wrong += [f"blocks.{name}.ffn.{m}" for m in block.ffn.mistakes()]
+            wrong += [f"blocks.{name}.ffn.{m}" for m in block.ffn.mistakes()]
         wrong += [f"init.{m}" for m in self.init.mistakes()]
         raise_if(wrong)
 
@@ -191,7 +192,9 @@ class Decoder(Model):
         return (self.embed_norm(x_BTD),)
 
     def end(self, stream: Stream) -> Tensor:
-        return self.norm(stream[0])
+        # the head is linear, so its logits are scaled with what it reads
+        x_BTD = self.norm(stream[0])
+        return x_BTD if self.config.logit_scale == 1.0 else self.config.logit_scale * x_BTD
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         config = self.config

@@ -224,17 +224,16 @@ class ExpertLayer(nn.Module, ABC):
 
     num_experts: int
     num_experts_per_tok: int
-    inner_size: int
-    """Inner channels of an expert."""
     inner_dims: Mapping[str, int]
-    """Which dimension of each of the experts' parameters, stacked [experts, ...], is the inner one."""
+    """Which dimension of the experts' parameters, stacked [experts, ...], is the inner one; a bias of the output,
+    [experts, D], has none."""
     router: Any
     """x [B, T, D] -> where tokens go. Has a buffer `tally`, `step_tokens`, `rebalance(counts)` and a child
     `whole_rows`: models/blocks/router.py says what they are."""
     dispatch: Any
     """Has send, receive, give_back. A child, so that parallelisms can put another one around it."""
     experts: Any
-    """(rows grouped by expert, rows of each expert) -> rows; `compute` takes the weights as arguments."""
+    """(rows grouped by expert, rows of each expert) -> rows; `compute` takes the weights by name as well."""
 
     @abstractmethod
     def graphs(self) -> list[nn.Module]:
@@ -243,7 +242,7 @@ class ExpertLayer(nn.Module, ABC):
     @property
     def active_weights(self) -> int:
         """Weights of router and experts that multiply a token, in a layer that is whole."""
-        experts: int = sum(p.numel() for p in self.experts.parameters())
+        experts: int = sum(p.numel() for p in self.experts.parameters() if p.ndim > 2)  # biases only add
         return int(self.router.weight.numel()) + experts * self.num_experts_per_tok // self.num_experts
 
 

@@ -46,13 +46,16 @@ class AllGatherCore(CutCore):
         assert mask is not None
         kv_BSKD = whole_row(torch.cat((k_BTKD, v_BTKD), dim=-1), self.cut, self.group)
         k_BSKD, v_BSKD = kv_BSKD.split((self.head_dim, self.value_dim), dim=-1)
+        heat_BT = self.scores.heat(meta.positions_BT)
         size = q_BTHD.shape[1] // len(self.cut.chunks)
         out = []
         for i, chunk in enumerate(self.cut.chunks):  # a chunk looks at nothing behind it
             first = 0 if self.window is None else max(0, chunk * size - self.window + 1)
             queries, keys = slice(i * size, (i + 1) * size), slice(first, (chunk + 1) * size)
             qkv = (q_BTHD[:, queries], k_BSKD[:, keys], v_BSKD[:, keys])
-            out.append(attend(*qkv, mask[..., queries, keys], scores=self.scores, sinks_H=sinks_H))
+            heat = None if heat_BT is None else heat_BT[:, queries]
+            here = mask[..., queries, keys]
+            out.append(attend(*qkv, here, scores=self.scores, sinks_H=sinks_H, heat_BT=heat))
         return torch.cat(out, dim=1)
 
 
@@ -82,10 +85,18 @@ class UlyssesCore(CutCore):
         parts = rows_nBTD.movedim(0, 1).flatten(1, 2).split(sizes, dim=2)
         dims = (self.head_dim, self.head_dim, self.value_dim)
         q_BSHD, k_BSKD, v_BSKD = (x.unflatten(2, (-1, dim)) for x, dim in zip(parts, dims, strict=True))
-        mask = meta.masks[self.window]
+        mask, heat_BT = meta.masks[self.window], self.scores.heat(meta.positions_BT)
+        heat_BS = None if heat_BT is None else whole_row(heat_BT, self.cut, self.group)
         mine = None if sinks_H is None else sinks_H.chunk(ranks)[self.cut.rank]
         out_BSHD = attend(
-            q_BSHD, k_BSKD, v_BSKD, mask, is_causal=mask is None, scores=self.scores, sinks_H=mine
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            mask,
+            is_causal=mask is None,
+            scores=self.scores,
+            sinks_H=mine,
+            heat_BT=heat_BS,
         )
         out_nBTHD = exchange(out_BSHD.unflatten(1, (ranks, -1)).movedim(1, 0), self.group)
         return out_nBTHD.movedim(0, 2).flatten(2, 3)

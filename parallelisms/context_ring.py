@@ -8,7 +8,8 @@ With m the log-sum-exp of all scores seen so far, a block of scores s and values
 A sink is a score of value 0 that is there from the start. Backward knows the last m, so each block's weights are
 p = exp(s - m), and with do the gradient of out:
     dv = p^T do,   ds = p (do v^T - rowsum(do out)),   dq = ds k,   dk = ds^T q.
-dk and dv travel with their keys and values, and after a whole round are home.
+dk and dv travel with their keys and values, and after a whole round are home. With heat h of a query and cap c a score
+is s = h u, u = c tanh(z / c), so that dz = h (1 - (u / c)^2) ds takes the place of ds in dq and dk.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.distributed import distributed_c10d
 from nanovl.models.blocks.attention import AttentionMeta
 from nanovl.parallelisms.context_cores import CutCore, CutMeta
 from nanovl.parallelisms.context_cut import SequenceCut
-from nanovl.parallelisms.context_tiles import capped_scores, tiles
+from nanovl.parallelisms.context_tiles import Tile, capped_scores, tiles
 
 # B batch, T tokens of this rank or of a tile (queries), S key tokens or the whole row, D head channels,
 # H query heads, K key/value heads, G query heads a key head
@@ -63,7 +64,8 @@ class RingCore(CutCore):
         scale = self.head_dim**-0.5 if self.scores.scale is None else self.scores.scale
         where = (self.cut.rank, self.cut.degree, self.cut.headtail, self.group.group_name)
         how = (self.window, scale, self.scores.softcap)
-        return ring_attention(q_BTHD, k_BTKD, v_BTKD, sinks_H, meta.doc_ids_BS, *where, *how)[0]
+        heat_BT = self.scores.heat(meta.positions_BT)
+        return ring_attention(q_BTHD, k_BTKD, v_BTKD, sinks_H, meta.doc_ids_BS, heat_BT, *where, *how)[0]
 
 
 # Operators of their own, because a compiler cannot look into a loop of sends and receives.
@@ -76,6 +78,7 @@ def ring_attention(
     v_BTKD: Tensor,
     sinks_H: Tensor | None,
     doc_ids_BS: Tensor | None,
+    heat_BT: Tensor | None,
     rank: int,
     degree: int,
     headtail: bool,
@@ -98,6 +101,8 @@ def ring_attention(
         for tile in tiles(cut, (rank - step) % degree, q_BTHD.shape[1], window):
             out, lse = out_BKGTD[..., tile.queries, :], lse_BKGT[..., tile.queries]
             score_BKGTS, mask = capped_scores(tile, q_BKGTD, k_BKSD, doc_ids_BS, window, softcap)
+            if heat_BT is not None:
+                score_BKGTS.mul_(_by_query(heat_BT, tile))
             score_BKGTS.masked_fill_(~mask, -torch.inf)
             after = torch.logaddexp(lse, score_BKGTS.logsumexp(-1))
             # a query that has seen nothing yet keeps -inf, and must not subtract it from itself
@@ -120,6 +125,7 @@ def ring_attention_backward(
     drift_BKGT: Tensor,
     lse_BKGT: Tensor,
     doc_ids_BS: Tensor | None,
+    heat_BT: Tensor | None,
     rank: int,
     degree: int,
     headtail: bool,
@@ -140,14 +146,17 @@ def ring_attention_backward(
         k_BKSD, v_BKSD = kv_BTKD.transpose(1, 2).float().split(sizes, dim=-1)
         dk_BKSD, dv_BKSD = dkv_BKSD.split(sizes, dim=-1)
         for tile in tiles(cut, (rank - step) % degree, q_BTHD.shape[1], window):
-            score_BKGTS, mask = capped_scores(tile, q_BKGTD, k_BKSD, doc_ids_BS, window, softcap)
+            u_BKGTS, mask = capped_scores(tile, q_BKGTD, k_BKSD, doc_ids_BS, window, softcap)
+            score_BKGTS = u_BKGTS if heat_BT is None else u_BKGTS * _by_query(heat_BT, tile)
             p_BKGTS = (score_BKGTS - lse_BKGT[..., tile.queries, None]).exp_().masked_fill_(~mask, 0.0)
             dout = dout_BKGTD[..., tile.queries, :]
             dv_BKSD[:, :, tile.keys] += torch.einsum("bkgts,bkgtd->bksd", p_BKGTS, dout)
             ds_BKGTS = torch.einsum("bkgtd,bksd->bkgts", dout, v_BKSD[:, :, tile.keys])
             ds_BKGTS.sub_(drift_BKGT[..., tile.queries, None]).mul_(p_BKGTS)
+            if heat_BT is not None:
+                ds_BKGTS.mul_(_by_query(heat_BT, tile))
             if softcap is not None:
-                ds_BKGTS.mul_(1 - (score_BKGTS / softcap).square_())
+                ds_BKGTS.mul_(1 - (u_BKGTS / softcap).square_())
             dq_BKGTD[..., tile.queries, :] += torch.einsum(
                 "bkgts,bksd->bkgtd", ds_BKGTS, k_BKSD[:, :, tile.keys]
             )
@@ -199,6 +208,11 @@ def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
+def _by_query(heat_BT: Tensor, tile: Tile) -> Tensor:
+    """-> [B, 1, 1, T, 1] of the tile's queries."""
+    return heat_BT[:, None, None, tile.queries, None]
+
+
 def _by_group(sinks_H: Tensor, kv_heads: int) -> Tensor:
     """-> float32 [K, G, 1]."""
     return sinks_H.float().view(kv_heads, -1, 1)
@@ -218,20 +232,21 @@ def _backward_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks_H, doc_ids_BS, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, sinks_H, doc_ids_BS)
+    q, k, v, sinks_H, doc_ids_BS, heat_BT, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks_H, doc_ids_BS, heat_BT)
 
 
 def _gradients(ctx: Any, dout_BTHD: Tensor, dlse_BKGT: Tensor) -> tuple[Any, ...]:
-    q, k, v, out_BTHD, lse_BKGT, sinks_H, doc_ids_BS = ctx.saved_tensors
+    q, k, v, out_BTHD, lse_BKGT, sinks_H, doc_ids_BS, heat_BT = ctx.saved_tensors
     drift_BTH = (dout_BTHD.float() * out_BTHD.float()).sum(-1)
     drift_BKGT = drift_BTH.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1).contiguous()
     dsinks_H = None
     if sinks_H is not None:
         weight_BKGT = (_by_group(sinks_H, k.shape[2]) - lse_BKGT).exp()
         dsinks_H = -(weight_BKGT * drift_BKGT).sum((0, 3)).flatten().to(sinks_H.dtype)
-    dqkv = ring_attention_backward(dout_BTHD, q, k, v, drift_BKGT, lse_BKGT, doc_ids_BS, *ctx.settings)
-    return (*dqkv, dsinks_H, *[None] * (1 + len(ctx.settings)))
+    seen = (doc_ids_BS, heat_BT, *ctx.settings)
+    dqkv = ring_attention_backward(dout_BTHD, q, k, v, drift_BKGT, lse_BKGT, *seen)
+    return (*dqkv, dsinks_H, *[None] * len(seen))
 
 
 ring_attention.register_autograd(_gradients, setup_context=_keep)

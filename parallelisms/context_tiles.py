@@ -57,7 +57,8 @@ def capped_scores(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, K, G, T, S] of the tile's queries and keys, and where a query may look, [B or 1, 1, 1, T, S]."""
+    """Scores [B, K, G, T, S] of the tile's queries and keys, but for heat, and where a query may look,
+    [B or 1, 1, 1, T, S]."""
     q, k = q_BKGTD[..., tile.queries, :], k_BKSD[:, :, tile.keys]
     score_BKGTS = torch.einsum("bkgtd,bksd->bkgts", q, k)
     if softcap is not None:

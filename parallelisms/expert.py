@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -31,9 +32,12 @@ def mistakes(model: Model, job: Job) -> list[str]:
     """Why this model's experts cannot be shared as asked, one line each."""
     config, layers = job.parallelism, expert_layers(model)
     wrong = []
+    channels = {
+        p.shape[_channel_dim(layer, n)] for layer in layers for n, p in layer.experts.named_parameters()
+    }
     for key, name, counts in (
         ("expert_parallel_degree", "experts", {layer.num_experts for layer in layers}),
-        ("expert_tensor_parallel_degree", "channels of an expert", {layer.inner_size for layer in layers}),
+        ("expert_tensor_parallel_degree", "channels of an expert", channels),
     ):
         degree = getattr(config, key)
         if degree == 1:
@@ -58,7 +62,7 @@ def apply_expert_parallel(model: Model, config: Parallelism, mesh: Mesh) -> int:
         if mesh.size("ep") > 1 or mesh.size("etp") > 1:
             _distribute(layer, mesh)
             layer.dispatch = ExpertDispatch(layer.dispatch, mesh.group("ep"), mesh.group("etp"))
-            layer.experts.forward = partial(_compute_locally, layer.experts)
+            layer.experts.forward = partial(_compute_locally, layer, mesh.rank("etp"))
     return len(layers) if mesh.size("ep") > 1 or mesh.size("etp") > 1 else 0
 
 
@@ -131,14 +135,29 @@ def _distribute(layer: ExpertLayer, mesh: Mesh) -> None:
     axes = [axis for axis in ("ep", "etp") if mesh.dims._meshes[axis].size() > 1]
     ranks = mesh.dims.get_mesh(axes)
     for name, parameter in list(layer.experts.named_parameters(recurse=False)):
-        placements = [Shard(0 if axis == "ep" else layer.inner_dims[name]) for axis in axes]
+        placements = [Shard(0 if axis == "ep" else _channel_dim(layer, name)) for axis in axes]
         piece = distribute_tensor(parameter.detach(), ranks, placements, src_data_rank=None)
         setattr(layer.experts, name, nn.Parameter(piece, requires_grad=parameter.requires_grad))
 
 
-def _compute_locally(experts: Any, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-    weights = (p.to_local() if isinstance(p, DTensor) else p for p in experts.parameters())
-    out_RD: Tensor = experts.compute(x_RD, counts_E, *weights)
+def _channel_dim(layer: ExpertLayer, name: str) -> int:
+    """Which dimension of a parameter of experts etp cuts: the inner one, or the only one of a bias of the output."""
+    return layer.inner_dims.get(name, 1)
+
+
+def _compute_locally(layer: ExpertLayer, cut: int, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """With this rank's experts, and of their channels with part number `cut`.
+
+    The ranks' outputs will be added up. So each adds its own channels of the output's bias, and zeros elsewhere.
+    """
+    weights = {}
+    for name, parameter in layer.experts.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if name not in layer.inner_dims:
+            before, size = cut * local.shape[1], parameter.shape[1]
+            local = F.pad(local, (before, size - before - local.shape[1]))
+        weights[name] = local
+    out_RD: Tensor = layer.experts.compute(x_RD, counts_E, weights)
     return out_RD
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,9 @@ class AttentionConfig:
     """Scores are q k / sqrt(this); none = head_dim."""
     attn_logit_softcapping: float | None = None
     """Scores become cap * tanh(scores / cap)."""
+    attn_temperature_len: int | None = None
+    """Scores of queries past this place of their document are multiplied by log(place) / log(this), after the cap
+    (Grok-2); none = never."""
     sinks: bool = False
     """A learned score for each query head that takes its share of the softmax and gives no value (GPT-OSS)."""
     output_gate: bool = False
@@ -82,6 +86,8 @@ class AttentionConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 wrong.append(f"{key} = {value}: wants a number above 0, or none")
+        if self.attn_temperature_len is not None and self.attn_temperature_len < 2:
+            wrong.append(f"attn_temperature_len = {self.attn_temperature_len}: wants 2 or more, or none")
         if self.kernel == "sdpa" and (self.sinks or self.attn_logit_softcapping is not None):
             wrong.append("kernel = 'sdpa': has neither cap nor sinks; choose auto, eager or flex")
         if self.rope is not None:
@@ -92,7 +98,9 @@ class AttentionConfig:
     def scores(self) -> Scores:
         """How queries and keys become weights."""
         scalar = self.query_pre_attn_scalar or self.head_dim
-        return Scores(scalar**-0.5, self.attn_logit_softcapping, self.sinks, self.kernel)
+        return Scores(
+            scalar**-0.5, self.attn_logit_softcapping, self.sinks, self.kernel, self.attn_temperature_len
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,13 @@ class Scores:
     softcap: float | None = None
     sinks: bool = False
     kernel: Kernel = "auto"
+    temperature_len: int | None = None
+
+    def heat(self, positions_BT: Tensor) -> Tensor | None:
+        """Factors [B, T] float32 on the scores of queries at these places of their documents; None = 1 everywhere."""
+        if self.temperature_len is None:
+            return None
+        return positions_BT.float().clamp(min=self.temperature_len).log() / log(self.temperature_len)
 
     @property
     def beyond_sdpa(self) -> bool:
@@ -202,7 +217,14 @@ class AttentionCore(nn.Module):
         """-> [B, T, H, D]."""
         mask = meta.masks[self.window]
         return attend(
-            q_BTHD, k_BTKD, v_BTKD, mask, is_causal=mask is None, scores=self.scores, sinks_H=sinks_H
+            q_BTHD,
+            k_BTKD,
+            v_BTKD,
+            mask,
+            is_causal=mask is None,
+            scores=self.scores,
+            sinks_H=sinks_H,
+            heat_BT=self.scores.heat(meta.positions_BT),
         )
 
 
@@ -215,17 +237,21 @@ def attend(
     is_causal: bool = False,
     scores: Scores = Scores(),
     sinks_H: Tensor | None = None,
+    heat_BT: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v, [B, T, H, D] in and out, by the kernel that `scores` chooses; `mask` is True where a
-    query may look, [B or 1, 1, T, S]."""
+    query may look, [B or 1, 1, T, S]; `heat_BT` is that of `scores` for these queries."""
     assert scores.sinks == (sinks_H is not None)
-    args = (q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale)
+    assert (scores.temperature_len is None) == (heat_BT is None)
     kernel = scores.kernel
     if kernel == "auto":
         kernel = "sdpa" if not scores.beyond_sdpa else "flex" if q_BTHD.is_cuda else "eager"
     if kernel == "sdpa":
-        return kernels.sdpa(*args)
-    return (kernels.flex if kernel == "flex" else kernels.eager)(*args, scores.softcap, sinks_H)
+        if heat_BT is not None:
+            q_BTHD = (q_BTHD * heat_BT[..., None, None]).to(q_BTHD.dtype)
+        return kernels.sdpa(q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale)
+    compute = kernels.flex if kernel == "flex" else kernels.eager
+    return compute(q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale, scores.softcap, sinks_H, heat_BT)
 
 
 class Attention(nn.Module):

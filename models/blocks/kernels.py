@@ -1,8 +1,9 @@
 """Ways to compute softmax(q k^T) v: torch's fused attention, the formula written out, and FlexAttention.
 
-Fused attention is the fastest and knows neither a cap on scores nor sinks. With cap c and sink s of a head:
+Fused attention is the fastest and knows neither a cap on scores nor sinks. With cap c, heat h of a query (1 unless
+given) and sink s of a head:
 
-    score_ts = c tanh(scale q_t k_s / c),   weight_ts = exp(score_ts) / (exp(s) + sum_s' exp(score_ts'))
+    score_ts = h_t c tanh(scale q_t k_s / c),   weight_ts = exp(score_ts) / (exp(s) + sum_s' exp(score_ts'))
 
 The sink is one more key of value 0, so the output is that without it times sigmoid(log-sum-exp of scores - s).
 """
@@ -45,6 +46,7 @@ def eager(
     scale: float | None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    heat_BT: Tensor | None = None,
 ) -> Tensor:
     """The formula with all scores at once, float32 from the scores to the weights: the reference."""
     q_BTKGD = q_BTHD.unflatten(2, (k_BSKD.shape[2], -1))
@@ -52,6 +54,8 @@ def eager(
     score_BKGTS = score_BKGTS * (q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         score_BKGTS = softcap * torch.tanh(score_BKGTS / softcap)
+    if heat_BT is not None:
+        score_BKGTS = score_BKGTS * heat_BT[:, None, None, :, None]
     if is_causal:
         mask = torch.ones(score_BKGTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()[None, None]
     if mask is not None:
@@ -72,6 +76,7 @@ def flex(
     scale: float | None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    heat_BT: Tensor | None = None,
 ) -> Tensor:
     """The same in one generated kernel that keeps no scores; masked ones are computed all the same."""
     from torch.nn.attention.flex_attention import AuxRequest
@@ -79,6 +84,8 @@ def flex(
     def score_mod(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
+        if heat_BT is not None:
+            score = score * heat_BT[b, t]
         if mask is not None:
             row = b if len(mask) > 1 else torch.zeros_like(b)
             return torch.where(mask[row, 0, t, s], score, float("-inf"))

@@ -5,6 +5,7 @@ No token is dropped. Token copies are sorted by expert; then one grouped matrix 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovl.models.blocks.mlp import ACTIVATIONS, Mlp, MlpConfig
+from nanovl.models.blocks.mlp import Activation, Mlp, MlpConfig, activated
 from nanovl.models.blocks.router import Router, Routing
 from nanovl.spec import ExpertLayer
 
@@ -30,8 +31,14 @@ class MoeConfig:
     """Experts a token goes through."""
     moe_intermediate_size: int
     """Width of each between its projections."""
-    activation: Literal["silu", "relu2"] = "silu"
+    activation: Activation = "silu"
     """As of `mlp`; experts are always gated."""
+    bias: bool = False
+    """Biases of all projections of experts, the shared one's too."""
+    router_bias: bool = False
+    """Biases of router logits."""
+    router_logit_softcapping: float | None = None
+    """Router logits become cap * tanh(logits / cap) before they are scored."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     """Scores of router logits."""
     norm_topk_prob: bool = True
@@ -47,6 +54,10 @@ class MoeConfig:
     """Width of an MLP that every token goes through as well; 0 = none."""
     shared_expert_gate: bool = False
     """Its output times a learned sigmoid of the token."""
+    shared_expert_activation: Activation | None = None
+    """Its activation; none = that of the experts."""
+    output_scale: float = 1.0
+    """Factor on the sum of all outputs, the shared expert's too."""
     load_balancing: Literal["none", "bias"] = "none"
     """`bias`: experts with fewer tokens than the mean become easier to choose, by steps of `bias_update_speed`."""
     bias_update_speed: float = 0.001
@@ -81,11 +92,21 @@ class MoeConfig:
             )
             if getattr(self, key) < 0
         ]
+        wrong += [
+            f"{key} = {value}: wants a number above 0"
+            for key in ("router_logit_softcapping", "output_scale")
+            if (value := getattr(self, key)) is not None and value <= 0
+        ]
         if self.load_balancing == "bias" and self.bias_update_speed <= 0:
             wrong.append(f"bias_update_speed = {self.bias_update_speed}: wants a number above 0")
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             wrong.append(
                 "shared_expert_gate = true: there is no shared expert; set shared_expert_intermediate_size"
+            )
+        if self.shared_expert_activation and not self.shared_expert_intermediate_size:
+            wrong.append(
+                f"shared_expert_activation = {self.shared_expert_activation!r}: there is no shared expert; set "
+                "shared_expert_intermediate_size"
             )
         if self.norm_topk_prob and self.num_experts_per_tok == 1:
             wrong.append(
@@ -111,19 +132,27 @@ class MoeConfig:
 
 
 class Moe(ExpertLayer):
-    """sum over the chosen experts of weight x expert(x), + shared expert(x)."""
+    """output_scale x (sum over the chosen experts of weight x expert(x), + shared expert(x))."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
-        self.inner_dims = {"gate_proj": 1, "up_proj": 1, "down_proj": 2}
+        self.inner_dims = {
+            "gate_proj": 1,
+            "up_proj": 1,
+            "down_proj": 2,
+            "gate_proj_bias": 1,
+            "up_proj_bias": 1,
+        }
         self.num_experts = config.num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.inner_size = config.moe_intermediate_size
+        self.output_scale = config.output_scale
         self.router = Router(config, hidden_size)
         self.dispatch = Dispatch()
         self.experts = Experts(config, hidden_size)
         shared = MlpConfig(
-            intermediate_size=config.shared_expert_intermediate_size, activation=config.activation
+            intermediate_size=config.shared_expert_intermediate_size,
+            activation=config.shared_expert_activation or config.activation,
+            bias=config.bias,
         )
         self.shared_expert = Mlp(shared, hidden_size) if shared.intermediate_size else None
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
@@ -133,7 +162,8 @@ class Moe(ExpertLayer):
         shared_BTD = self._shared(x_BTD)  # computed while tokens travel
         out_RD = self.experts(*self.dispatch.receive(sent))
         out_BTD = self.dispatch.give_back(out_RD, sent).view_as(x_BTD)
-        return out_BTD if shared_BTD is None else out_BTD + shared_BTD
+        out_BTD = out_BTD if shared_BTD is None else out_BTD + shared_BTD
+        return out_BTD if self.output_scale == 1.0 else self.output_scale * out_BTD
 
     def graphs(self) -> list[nn.Module]:
         """Shared expert and activation."""
@@ -189,7 +219,7 @@ class Dispatch(nn.Module):
 
 
 class Experts(nn.Module):
-    """down(act(gate(x)) * up(x)) of each expert, for the rows that are its."""
+    """down(act(gate(x)) * up(x)) of each expert, for the rows that are its; each projection with its bias, if any."""
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
         super().__init__()
@@ -197,29 +227,36 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(experts, inner, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(experts, inner, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, inner))
+        if config.bias:
+            self.gate_proj_bias = nn.Parameter(torch.empty(experts, inner))
+            self.up_proj_bias = nn.Parameter(torch.empty(experts, inner))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden_size))
         self.inner = GatedActivation(config.activation)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        return self.compute(x_RD, counts_E, self.gate_proj, self.up_proj, self.down_proj)
+        return self.compute(x_RD, counts_E, dict(self.named_parameters()))
 
-    def compute(
-        self, x_RD: Tensor, counts_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
-    ) -> Tensor:
-        """With the weights as plain tensors; the first `counts_E[0]` rows are expert 0's, and so on to the last row."""
-        product = grouped_product if can_group(gate_EFD) else product_by_expert
-        inner_RF = self.inner(product(x_RD, gate_EFD, counts_E), product(x_RD, up_EFD, counts_E))
-        return product(inner_RF, down_EDF, counts_E)
+    def compute(self, x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """With the weights, by name, as plain tensors; the first `counts_E[0]` rows are expert 0's, and so on to the
+        last row."""
+        product = grouped_product if can_group(weights["gate_proj"]) else product_by_expert
+
+        def project(x: Tensor, name: str) -> Tensor:
+            out, bias = product(x, weights[name], counts_E), weights.get(f"{name}_bias")
+            return out if bias is None else out + _BiasOfRows.apply(bias, counts_E, len(x))
+
+        return project(self.inner(project(x_RD, "gate_proj"), project(x_RD, "up_proj")), "down_proj")
 
 
 class GatedActivation(nn.Module):
     """act(gate) * up; a module of its own, so that it can be compiled into one kernel."""
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, activation: Activation) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-        return self.act(gate_RF) * up_RF
+        return activated(self.activation, up_RF, gate_RF)
 
 
 def can_group(weight_EFD: Tensor) -> bool:
@@ -254,6 +291,21 @@ def product_by_expert(x_RD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Ten
     """The same, one expert after the other; waits for the counts on the host."""
     parts = x_RD.split(counts_E.tolist())
     return torch.cat([F.linear(x, weight) for x, weight in zip(parts, weight_EFD.unbind(), strict=True)])
+
+
+class _BiasOfRows(torch.autograd.Function):
+    """Each row's expert's bias. Backward sums in float32, row after row: in the same order every time."""
+
+    @staticmethod
+    def forward(ctx: Any, bias_EF: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        return bias_EF.repeat_interleave(counts_E, dim=0, output_size=rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (counts_E,) = ctx.saved_tensors
+        sums_EF = torch.segment_reduce(grads[0].float(), "sum", lengths=counts_E, initial=0.0)
+        return sums_EF.to(grads[0].dtype), None, None
 
 
 class _Take(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Which experts each token goes to, and the forces that keep experts evenly used.
 
-Scores are those of all experts, in float32 whatever the model computes in: softmax or sigmoid of router logits. The
+Scores are those of all experts, in float32 whatever the model computes in: softmax or sigmoid of router logits, which
+may have a bias and a soft cap. The
 highest few are chosen, and weigh the experts' outputs; `norm_topk_prob` divides them by their sum after the choice, as
 Qwen3-MoE and DeepSeek-V3 do (a softmax over the chosen logits alone, as in GPT-OSS, comes to the same).
 
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanovl.models.blocks.head import softcapped
 
 if TYPE_CHECKING:
     from nanovl.models.blocks.moe import MoeConfig
@@ -53,6 +56,7 @@ class Router(nn.Module):
         self.config = config
         experts = config.num_experts
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(experts)) if config.router_bias else None
         # counts of this rank's part of each row -> those of whole rows; a child, so that parallelisms can sum them
         self.whole_rows = nn.Identity()
         self.step_tokens = 0  # of all ranks: what the auxiliary losses are means over
@@ -67,7 +71,10 @@ class Router(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Routing:
         config = self.config
-        logits_BTE = F.linear(x_BTD.float(), self.weight.float())
+        bias_E = None if self.bias is None else self.bias.float()
+        logits_BTE = softcapped(
+            F.linear(x_BTD.float(), self.weight.float(), bias_E), config.router_logit_softcapping
+        )
         scores_BTE = logits_BTE.softmax(-1) if config.scoring == "softmax" else logits_BTE.sigmoid()
         chosen_BTA = self.choose(scores_BTE)
         weights_BTA = scores_BTE.gather(-1, chosen_BTA)

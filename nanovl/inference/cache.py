@@ -204,7 +204,7 @@ class CachedCore(nn.Module):
         read = (feed.slots, slice(keys.first, keys.stop))
         k_BSKD, v_BSKD = self.k[read], self.v[read]
         batch, tokens, heads, head_dim = q_BTHD.shape
-        how = partial(attend, scores=self.scores)
+        how = partial(attend, scores=self.scores, heat_BT=self.scores.heat(feed.positions_BT))
         if tokens > 1 or sinks_H is not None:
             return how(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal, sinks_H=sinks_H)
         # the query heads of one key head, taken for that many tokens, read each key once instead of once each

@@ -43,6 +43,30 @@ def test_a_cap_and_a_sink_by_hand() -> None:
     torch.testing.assert_close(found.flatten(), expected)
 
 
+def test_temperature_comes_after_the_cap_by_hand() -> None:
+    # query at place 8 of a temperature from 4 on: scores 3 and -1, capped, times log 8 / log 4 = 1.5
+    scores = Scores(scale=0.5, softcap=2.0, temperature_len=4)
+    heat = scores.heat(torch.tensor([[0, 4, 8, 16]]))
+    torch.testing.assert_close(heat, torch.tensor([[1.0, 1.0, 1.5, 2.0]]))
+    q = torch.tensor([2.0, 0.0]).view(1, 1, 1, 2)
+    k = torch.tensor([[3.0, 7.0], [-1.0, 5.0]]).view(1, 2, 1, 2)
+    v = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
+    found = attend(q, k, v, None, scores=scores, heat_BT=torch.tensor([[1.5]]))
+    weights = [math.exp(3 * math.tanh(1.5)), math.exp(3 * math.tanh(-0.5))]
+    torch.testing.assert_close(found.flatten(), torch.tensor(weights) / sum(weights))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1)])
+def test_temperature_in_fused_attention_is_that_of_the_formula(heads: tuple[int, int]) -> None:
+    qkv, mask = random_qkv(0, *heads), random_mask(2)
+    found = [
+        attend(*qkv, mask, scores=scores, heat_BT=scores.heat(torch.arange(9).expand(2, 9)))
+        for scores in (Scores(kernel=kernel, temperature_len=3) for kernel in ("sdpa", "eager"))
+    ]
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], kernels.sdpa(*qkv, mask, False, None))
+
+
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (6, 1)])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_eager_equals_fused_attention(heads: tuple[int, int], rows: int) -> None:
@@ -59,10 +83,12 @@ def test_eager_equals_fused_attention(heads: tuple[int, int], rows: int) -> None
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2])
-def test_flex_equals_eager(softcap: float | None, has_sinks: bool, rows: int) -> None:
+@pytest.mark.parametrize("has_heat", [False, True])
+def test_flex_equals_eager(softcap: float | None, has_sinks: bool, rows: int, has_heat: bool) -> None:
     mask = random_mask(rows) if rows else None
     sinks = torch.randn(4, generator=torch.Generator().manual_seed(2)) if has_sinks else None
-    args = (*random_qkv(), mask, mask is None, 0.3, softcap, sinks)
+    heat = torch.linspace(1, 3, 18).view(2, 9) if has_heat else None
+    args = (*random_qkv(), mask, mask is None, 0.3, softcap, sinks, heat)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a CPU has no fused form of it
         found = kernels.flex(*args)
@@ -75,7 +101,9 @@ def test_flex_gradients_equal_eager(rows: int) -> None:
     leaves = [x.cuda().requires_grad_() for x in (*random_qkv(), torch.linspace(-1, 1, 4))]
     mask = random_mask(rows).cuda() if rows else None
     outs = [
-        kernel(*leaves[:3], mask, mask is None, 0.3, 2.0, leaves[3])
+        kernel(
+            *leaves[:3], mask, mask is None, 0.3, 2.0, leaves[3], torch.linspace(1, 2, 18).view(2, 9).cuda()
+        )
         for kernel in (kernels.flex, kernels.eager)
     ]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-3, atol=1e-3)
@@ -97,6 +125,8 @@ def test_the_kernel_is_the_one_that_can() -> None:
     assert Scores(kernel="flex").uncompiled.kernel == "sdpa"
     with pytest.raises(AssertionError):
         attend(q, k, v, None, scores=Scores(), sinks_H=sinks)
+    with pytest.raises(AssertionError):
+        attend(q, k, v, None, scores=Scores(temperature_len=4))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +135,7 @@ def test_the_kernel_is_the_one_that_can() -> None:
         ({"kernel": "sdpa", "sinks": True}, "kernel = 'sdpa': has neither cap nor sinks"),
         ({"kernel": "sdpa", "attn_logit_softcapping": 30.0}, "kernel = 'sdpa': has neither cap nor sinks"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping = 0.0: wants a number above 0"),
+        ({"attn_temperature_len": 1}, "attn_temperature_len = 1: wants 2 or more, or none"),
         ({"query_pre_attn_scalar": -2}, "query_pre_attn_scalar = -2: wants a number above 0"),
         ({"rope": RopeConfig(partial_rotary_factor=0.2)}, "rope.partial_rotary_factor = 0.2: wants an even"),
         ({"rope": RopeConfig(theta=0.0)}, "rope.theta = 0.0: wants more than 1"),
@@ -159,7 +190,8 @@ AXES: list[dict[str, Any]] = [
     {"sinks": True, "o_bias": True, "qkv_bias": True},
     {"attn_logit_softcapping": 2.0, "qk_norm": "full"},
     {"sinks": True, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
-    {"query_pre_attn_scalar": 4, "qk_norm": "head"},
+    {"query_pre_attn_scalar": 4, "qk_norm": "head", "attn_temperature_len": 2},
+    {"attn_logit_softcapping": 2.0, "attn_temperature_len": 3},
 ]
 
 

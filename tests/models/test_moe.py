@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from nanovl.config.schema import ActivationCheckpoint, Model
 from nanovl.errors import ConfigError
-from nanovl.models.blocks.moe import Moe, MoeConfig, can_group, grouped_product, product_by_expert
+from nanovl.models.blocks.mlp import Mlp, MlpConfig, swiglu_clamped
+from nanovl.models.blocks.moe import (
+    Moe,
+    MoeConfig,
+    _BiasOfRows,
+    can_group,
+    grouped_product,
+    product_by_expert,
+)
 from nanovl.parallelisms.compile import apply_compile, graphs
 from nanovl.parallelisms.init import init_weights, materialize, named_generator
 from nanovl.parallelisms.memory import apply_activation_checkpointing
@@ -41,19 +50,23 @@ def tokens(rows: int = 3, length: int = 5, hidden: int = D, seed: int = 0) -> Te
 def token_by_token(moe: Moe, x_BTD: Tensor) -> Tensor:
     """The definition, one token and one expert at a time."""
     routing, experts = moe.router(x_BTD), moe.experts
+    act = F.silu if moe.experts.inner.activation == "silu" else partial(F.gelu, approximate="tanh")
     outputs = []
     chosen = zip(x_BTD.flatten(0, 1), routing.experts_NA, routing.weights_NA, strict=True)
     for x, indices, weights in chosen:
         total = torch.zeros_like(x)
         for e, weight in zip(indices.tolist(), weights, strict=True):
-            inner = F.silu(experts.gate_proj[e] @ x) * (experts.up_proj[e] @ x)
-            total = total + weight * (experts.down_proj[e] @ inner)
+            gate, up = experts.gate_proj[e] @ x, experts.up_proj[e] @ x
+            if hasattr(experts, "down_proj_bias"):
+                gate, up = gate + experts.gate_proj_bias[e], up + experts.up_proj_bias[e]
+                total = total + weight * experts.down_proj_bias[e]
+            total = total + weight * (experts.down_proj[e] @ (act(gate) * up))
         outputs.append(total)
     out_BTD = torch.stack(outputs).view_as(x_BTD)
     if moe.shared_expert is not None:
         gate = 1.0 if moe.shared_expert_gate is None else moe.shared_expert_gate(x_BTD).sigmoid()
         out_BTD = out_BTD + gate * moe.shared_expert(x_BTD)
-    return out_BTD
+    return out_BTD * moe.output_scale
 
 
 @pytest.mark.parametrize(
@@ -63,8 +76,10 @@ def token_by_token(moe: Moe, x_BTD: Tensor) -> Tensor:
         {"moe_intermediate_size": 7},  # no whole 16 bytes: one product an expert
         {"scoring": "sigmoid", "routed_scaling_factor": 2.5, "n_group": 3, "topk_group": 2},
         {"shared_expert_intermediate_size": 10, "shared_expert_gate": True, "norm_topk_prob": False},
+        {"bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
+        {"bias": True, "moe_intermediate_size": 7, "activation": "gelu_tanh", "output_scale": 0.7},
     ],
-    ids=["softmax", "unaligned", "sigmoid in groups", "shared"],
+    ids=["softmax", "unaligned", "sigmoid in groups", "shared", "biases", "biases, unaligned"],
 )
 def test_same_as_token_by_token(changes: dict[str, Any]) -> None:
     moe, x = moe_of(**changes), tokens().requires_grad_()
@@ -130,6 +145,57 @@ def test_routing_by_hand() -> None:
     groups = moe_of(scoring="sigmoid", n_group=3, topk_group=2)
     routing = groups.router(with_logits(groups, logits))
     assert routing.experts_NA.tolist() == [[5, 4]]
+
+
+def test_router_bias_and_cap_by_hand() -> None:
+    moe = moe_of(router_bias=True, router_logit_softcapping=2.0, norm_topk_prob=False)
+    moe.router.bias.data = torch.tensor([0.0, 3.0, 0, 0, 0, 0])
+    routing = moe.router(with_logits(moe, [9.0, -2.0, 0.5, 0, 0, 0]))
+    capped = [2 * math.tanh(logit / 2) for logit in (9.0, 1.0, 0.5, 0, 0, 0)]
+    total = sum(math.exp(logit) for logit in capped)
+    assert routing.experts_NA.tolist() == [[0, 1]]
+    expected = torch.tensor([[math.exp(capped[0]) / total, math.exp(capped[1]) / total]])
+    torch.testing.assert_close(routing.weights_NA, expected)
+
+
+def test_clamped_swiglu_by_hand() -> None:
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    gate, up = torch.tensor([2.0, 9.0, -9.0, 1.0]), torch.tensor([3.0, -9.0, 8.0, -1.0])
+    expected = [
+        2 * sigmoid(3.404) * 4,
+        7 * sigmoid(11.914) * -6,  # gate below 7, up above -7
+        -9 * sigmoid(-15.318) * 8,  # gate unbounded below, up below 7
+        0.0,  # up + 1
+    ]
+    torch.testing.assert_close(swiglu_clamped(gate, up), torch.tensor(expected))
+    mlp = Mlp(MlpConfig(intermediate_size=4, activation="swiglu_clamped", bias=True), D)
+    inner = swiglu_clamped(mlp.gate_proj(tokens()), mlp.up_proj(tokens()))  # type: ignore[misc]
+    assert torch.equal(mlp(tokens()), mlp.down_proj(inner))
+    assert MlpConfig(intermediate_size=4, activation="swiglu_clamped", gated=False).mistakes() == [
+        "gated = false: swiglu_clamped is a gate; choose another activation"
+    ]
+    assert MlpConfig(intermediate_size=0).mistakes() == ["intermediate_size = 0: wants a number above 0"]
+
+
+def test_a_shared_expert_may_have_an_activation_of_its_own() -> None:
+    moe = moe_of(shared_expert_intermediate_size=8, shared_expert_activation="gelu_tanh", output_scale=0.5)
+    shared, x = moe.shared_expert, tokens()
+    assert shared is not None
+    alone = moe_of()
+    alone.load_state_dict({k: v for k, v in moe.state_dict().items() if "shared" not in k})
+    inner = F.gelu(x @ shared.gate_proj.weight.T, approximate="tanh") * (x @ shared.up_proj.weight.T)
+    torch.testing.assert_close(moe(x), 0.5 * (alone(x) + inner @ shared.down_proj.weight.T))
+
+
+def test_bias_gradients_are_sums_in_float32() -> None:
+    """4096 rows of 1.001 in bfloat16, added up in bfloat16, would stop at 256."""
+    bias = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    rows = _BiasOfRows.apply(bias, torch.tensor([4096, 0, 5]), 4101)
+    rows.backward(torch.ones_like(rows))
+    assert bias.grad is not None
+    assert bias.grad[:, 0].tolist() == [4096, 0, 5]
 
 
 def test_a_bias_chooses_but_does_not_weigh() -> None:
@@ -248,6 +314,9 @@ def test_auxiliary_losses_ask_for_the_tokens_of_the_step() -> None:
 MISTAKES: dict[str, dict[str, Any]] = {
     "num_experts = 0: wants a number above 0": {"num_experts": 0},
     "z_loss_coef = -1.0: wants 0 or more": {"z_loss_coef": -1.0},
+    "router_logit_softcapping = 0.0: wants a number above 0": {"router_logit_softcapping": 0.0},
+    "output_scale = 0.0: wants a number above 0": {"output_scale": 0.0},
+    "shared_expert_activation = 'gelu': there is no shared expert": {"shared_expert_activation": "gelu"},
     "bias_update_speed = 0.0: wants a number above 0": {"load_balancing": "bias", "bias_update_speed": 0.0},
     "shared_expert_gate = true: there is no shared expert": {"shared_expert_gate": True},
     "norm_topk_prob = true: a single expert's weight": {"num_experts_per_tok": 1},
@@ -305,8 +374,14 @@ def test_buffers_begin_at_zero_and_only_state_is_kept() -> None:
     assert kept == {"expert_bias", "load"}
 
 
-def test_flops_count_a_token_s_own_experts() -> None:
-    sizes = {"num_hidden_layers": 1, "blocks": {"full": {"ffn": {"shared_expert_intermediate_size": 10}}}}
+@pytest.mark.parametrize("bias", [False, True])
+def test_flops_count_a_token_s_own_experts(bias: bool) -> None:
+    sizes = {
+        "num_hidden_layers": 1,
+        "blocks": {
+            "full": {"ffn": {"shared_expert_intermediate_size": 10, "bias": bias, "router_bias": bias}}
+        },
+    }
     spec = resolve_model(Model(name="qwen3_moe", flavor="debug", overrides=sizes), 64)
     model = spec.family.model(spec.config)
     attention = 64 * (8 + 4 + 4) * 16 + 8 * 16 * 64

@@ -112,8 +112,18 @@ def largest_differences(
         (2, Layer(kv_heads=1)),
         (4, Layer(kv_heads=4)),
         (4, Layer(scores=Scores(scale=0.5, softcap=2.0, sinks=True), value_dim=6)),
+        (2, Layer(scores=Scores(temperature_len=4))),
+        (4, Layer(scores=Scores(softcap=2.0, temperature_len=3))),
     ],
-    ids=["2 ranks", "4 ranks", "one kv head", "4 kv heads", "scale, cap, sinks, narrow values"],
+    ids=[
+        "2 ranks",
+        "4 ranks",
+        "one kv head",
+        "4 kv heads",
+        "scale, cap, sinks, narrow values",
+        "temperature",
+        "cap, temperature",
+    ],
 )
 def test_equal_to_attention_over_whole_rows(world: int, layer: Layer, method: str, headtail: bool) -> None:
     for found in fork_ranks(largest_differences, world, world, method, headtail, layer, torch.float32):
