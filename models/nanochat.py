@@ -29,7 +29,7 @@ from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig
-from nanovl.models.decoder import attention_layers, flops_per_token
+from nanovl.models.decoder import BlockConfig, attention_layers, flops_per_token
 from nanovl.spec import Cut, Inputs, Model, ModelFamily, Stream, TensorPlan
 
 # B batch, T tokens, D model channels (head channels in q, k, v), H heads, K key/value heads, V vocabulary
@@ -120,6 +120,26 @@ class NanochatConfig:
     def has_value_embedding(self, layer: int) -> bool:
         """Every second layer counted back from the last."""
         return self.value_embeddings and layer % 2 == (self.depth - 1) % 2
+
+    @property
+    def blocks(self) -> dict[str, BlockConfig]:
+        """Short and long layers, as templates: what is left out of them stands in the fields above."""
+        return {
+            self.layer_name(i): BlockConfig(mixer=self.attention(i), ffn=self.ffn) for i in range(self.depth)
+        }
+
+    def layer_name(self, layer: int) -> str:
+        """long, short, long_ve, short_ve: its window, and whether it has value embeddings."""
+        reach = "long" if self.window(layer) is None else "short"
+        return f"{reach}_ve" if self.has_value_embedding(layer) else reach
+
+    def layer_names(self) -> list[str]:
+        """The template of each layer."""
+        return [self.layer_name(layer) for layer in range(self.depth)]
+
+    @property
+    def ffn(self) -> MlpConfig:
+        return MlpConfig(intermediate_size=self.mlp_ratio * self.hidden_size, activation="relu2", gated=False)
 
     def attention(self, layer: int) -> AttentionConfig:
         return AttentionConfig(
@@ -249,10 +269,7 @@ class NanochatBlock(nn.Module):
         self.blend = Blend() if config.residual_lambdas else None
         self.norm = RMSNorm(config.hidden_size, norm)
         self.mixer = NanochatAttention(config, layer, norm)
-        ffn = MlpConfig(
-            intermediate_size=config.mlp_ratio * config.hidden_size, activation="relu2", gated=False
-        )
-        self.ffn = Mlp(ffn, config.hidden_size)
+        self.ffn = Mlp(config.ffn, config.hidden_size)
 
     def forward(self, x_BTD: Tensor, inputs: Inputs, x0_BTD: Tensor | None = None) -> Tensor:
         if self.blend is not None:

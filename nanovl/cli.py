@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenizer": ("nanovl.tokenizer_tools", "train a tokenizer, or print its statistics"),
     "data": ("nanovl.data_tools", "show packed rows, download shards, tokenise ahead"),
     "config": ("nanovl.config_tools", "check or show a job, print its JSON Schema"),
+    "models": ("nanovl.models_tools", "the architectures, and the size, layers, memory and FLOPs of one"),
     "plan": ("nanovl.plan", "memory, traffic, time and cost of a job on any number of GPUs, without them"),
     "verify": ("nanovl.verify_tools", "is a job on its mesh the same as on one rank? asked on this machine"),
     "convert": ("nanovl.convert", "runs to and from Hugging Face directories"),

@@ -40,6 +40,11 @@ def family(name: str) -> ModelFamily:
     return found
 
 
+def sizes() -> list[str]:
+    """Everything in the registry, as `family:flavor`."""
+    return [f"{name}:{flavor}" for name in MODELS for flavor in family(name).flavors]
+
+
 def read_job(files: Sequence[str | Path], flags: Sequence[str] = (), *, world_size: int = 1) -> Job:
     """The checked job of files and flags, its model section included. Raises ConfigError with all mistakes."""
     return load_job(files, flags, world_size=world_size, checks=(model_mistakes,))
@@ -54,20 +59,21 @@ def model_mistakes(job: Job) -> list[str]:
     return []
 
 
-def resolve_model(model: Model, vocab_size: int) -> ModelSpec:
+def resolve_model(model: Model, vocab_size: int | None) -> ModelSpec:
     """The architecture of `[model]`: the flavor's config with the overrides laid over it.
 
-    The vocabulary is the tokenizer's: `model.vocab_size` may only enlarge it. Raises ConfigError.
+    The vocabulary is the tokenizer's: `model.vocab_size` may only enlarge it. Without a tokenizer (None) it is the
+    flavor's own. Raises ConfigError.
     """
     found = family(model.name)
     flavor = model.flavor or next(iter(found.flavors))
     if flavor not in found.flavors:
-        near = difflib.get_close_matches(flavor, found.flavors, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(found.flavors)}"
+        near = difflib.get_close_matches(f"{found.name}:{flavor}", sizes(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(found.flavors)}"
         raise ConfigError(f"model.flavor = {flavor!r}: {found.name} has no such size; {hint}")
-    data = _overlay(asdict(found.flavors[flavor]()), {"vocab_size": vocab_size, **model.overrides})
-    config = _config(found, data)
-    if config.vocab_size < vocab_size:
+    given = {} if vocab_size is None else {"vocab_size": vocab_size}
+    config = _config(found, _overlay(asdict(found.flavors[flavor]()), {**given, **model.overrides}))
+    if vocab_size is not None and config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
         )

@@ -31,6 +31,15 @@ class ModelConfig(Protocol):
     @property
     def num_hidden_layers(self) -> int: ...
 
+    @property
+    def blocks(self) -> Mapping[str, Any]:
+        """Block templates by name, each a dataclass."""
+        ...
+
+    def layer_names(self) -> list[str]:
+        """The template of each layer."""
+        ...
+
 
 @dataclass(frozen=True)
 class KeyRule:

@@ -39,6 +39,7 @@ from nanovl.device import (
 )
 from nanovl.errors import NanovlError, TrainingError
 from nanovl.eval.bpb import bits_per_byte, compressor_bpb
+from nanovl.flops import attended_keys, reachable_keys, training_flops_per_token
 from nanovl.hang import HangWatch, record_collectives
 from nanovl.inference.engine import Engine
 from nanovl.inference.uncached import generate_uncached
@@ -318,10 +319,8 @@ class Trainer:
         if peak is not None:
             per_second = rates["tokens_per_second"] / (peak * self.world.size)
             record["perf/mfu"] = self.flops / self.tokens * per_second
-            seq_len = self.job.training.seq_len
-            dense = 3 * self.arithmetic.forward_flops_per_token(
-                lambda window: min(window or seq_len, seq_len)
-            )
+            everywhere = reachable_keys(self.job.training.seq_len)
+            dense = training_flops_per_token(self.arithmetic, everywhere)
             record["perf/mfu_noncausal"] = dense * per_second
         if record["data/cropped"] > 0.5 and not self.warned_of_cropping:
             self.warned_of_cropping = True
@@ -333,13 +332,9 @@ class Trainer:
         self.log.say(step_line(record, self.job.training.steps, rates["eta"]))
 
     def _flops(self, batches: Sequence[Batch], tokens: int) -> float:
-        """Training FLOPs of a step, exact for its documents: a query at place p sees min(p + 1, window) keys."""
-        places = torch.cat([b["positions_BT"].flatten() for b in batches]) + 1
-
-        def mean_keys(window: int | None) -> float:
-            return (places if window is None else places.clamp(max=window)).double().mean().item()
-
-        return 3 * self.arithmetic.forward_flops_per_token(mean_keys) * tokens
+        """Training FLOPs of a step, exact for its documents."""
+        seen = attended_keys(batch["positions_BT"] for batch in batches)
+        return training_flops_per_token(self.arithmetic, seen) * tokens
 
     def _validate(self, *, final: bool = False) -> dict[str, Any]:
         """Bits per byte on held-out text, logged; the same rows every time."""

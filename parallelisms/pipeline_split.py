@@ -17,6 +17,7 @@ from torch import nn
 
 from nanovl.config.check import data_parallel_degree
 from nanovl.config.schema import Job, Parallelism
+from nanovl.flops import causal_keys
 from nanovl.mesh import Mesh
 from nanovl.spec import Model
 
@@ -75,11 +76,7 @@ def layers_of_stages(model: Model, job: Job) -> list[int]:
 
 def costs(model: Model, seq_len: int) -> list[float]:
     """Forward FLOPs a token of every layer in a row of `seq_len`, and of all that is no layer: the head."""
-
-    def mean_keys(window: int | None) -> float:
-        seen = min(window or seq_len, seq_len)
-        return seen - seen * (seen - 1) / (2 * seq_len)  # the first queries of a row see fewer
-
+    mean_keys = causal_keys(seq_len)
     bare = copy.deepcopy(model)
     bare.layers = nn.ModuleDict()
     rest = bare.forward_flops_per_token(mean_keys)

@@ -50,6 +50,19 @@ def load_job(
     return job
 
 
+def load_model(flags: Sequence[str]) -> Model:
+    """The `[model]` of flags alone, with no job around it. Raises ConfigError with all mistakes."""
+    origins: dict[str, str] = {}
+    data: dict[str, Any] = {}
+    mistakes = _apply_flags(data, flags, origins)
+    mistakes += [f"{key}: belongs to a job; name one with --config FILE" for key in data if key != "model"]
+    job, type_mistakes = check_types(Job, _fold_model(data), origins)
+    if mistakes or type_mistakes or job is None:
+        raise ConfigError(mistakes + type_mistakes, "flags")
+    model: Model = job.model
+    return model
+
+
 def job_from_dict(data: dict[str, Any], source: str = "config.json") -> Job:
     """The job of a resolved `config.json`."""
     job, mistakes = check_types(Job, _fold_model(data), {})
