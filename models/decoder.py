@@ -23,7 +23,7 @@ from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.moe import Moe, MoeConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
-from nanovl.spec import Cut, Inputs, Model, Stream, TensorPlan, expert_layers
+from nanovl.spec import FREE, Cut, Inputs, Model, Stream, TensorPlan, expert_layers
 
 # B batch, T tokens, D model, V vocabulary
 
@@ -93,7 +93,7 @@ class DecoderConfig:
     """Logits become cap * tanh(logits / cap)."""
     max_position_embeddings: int = 4096
     """Context the checkpoint is meant for, tokens."""
-    init: InitConfig = field(default_factory=InitConfig)
+    init: InitConfig = field(default_factory=InitConfig, metadata=FREE)
     """How weights begin."""
 
     def layer_names(self) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovl.errors import ConfigError
@@ -11,6 +10,7 @@ from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import DecoderConfig
+from nanovl.spec import computed
 
 SCALING = {
     "linear": ("factor",),
@@ -115,15 +115,10 @@ def decoder_to_hf(
 def same_or_refuse(config: DecoderConfig, plain: DecoderConfig, architecture: str) -> None:
     """Raises ConfigError where `config` computes something else than `plain`, naming every field.
 
-    How weights begin, which kernel runs and how the layers' names are tiled make no difference to a checkpoint.
+    How the layers' names are tiled makes no difference to a checkpoint.
     """
-    plain.init = config.init
     plain.prefix, plain.pattern, plain.suffix = config.prefix, config.pattern, config.suffix
-    for name in plain.blocks.keys() & config.blocks.keys():
-        ours, theirs = config.blocks[name].mixer, plain.blocks[name].mixer
-        if isinstance(ours, AttentionConfig) and isinstance(theirs, AttentionConfig):
-            theirs.kernel = ours.kernel
-    found, wanted = dict(_leaves(asdict(config))), dict(_leaves(asdict(plain)))
+    found, wanted = computed(config), computed(plain)
     wrong = [
         f"model.{key} = {found.get(key)!r}: cannot be written; {architecture} has {wanted.get(key)!r} there"
         for key in sorted(found.keys() | wanted.keys())
@@ -131,14 +126,6 @@ def same_or_refuse(config: DecoderConfig, plain: DecoderConfig, architecture: st
     ]
     if wrong:
         raise ConfigError(wrong)
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def rope_from_hf(hf: Mapping[str, Any], *, theta: float = 10_000.0) -> RopeConfig:

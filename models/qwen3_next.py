@@ -14,7 +14,7 @@ defaults of transformers' class, and come to the published 80B.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from nanovl.models.hf_config import (
     tiling,
 )
 from nanovl.models.hf_keys import decoder_rules, expert_rules, in_layers
-from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily, computed
 
 ARCHITECTURE = "Qwen3NextForCausalLM"
 ATTENTION = ("k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
@@ -247,12 +247,10 @@ def experts_to_hf(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "norm_topk_prob": ffn.norm_topk_prob,
         "shared_expert_intermediate_size": ffn.shared_expert_intermediate_size,
     }
-    # forces on the router end with training
-    losses = {key: getattr(ffn, key) for key in ("aux_loss_coef", "sequence_aux_loss_coef", "z_loss_coef")}
-    plain = asdict(replace(experts_from_hf(said), **losses))
+    plain = computed(experts_from_hf(said))
     wrong = [
         f"model.blocks.full.ffn.{key} = {value!r}: cannot be written; {architecture} has {plain[key]!r} there"
-        for key, value in asdict(ffn).items()
+        for key, value in computed(ffn).items()
         if value != plain[key]
     ]
     if wrong:

@@ -25,7 +25,7 @@ from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.registry import resolve_model
 from nanovl.run import Run
-from nanovl.spec import ModelSpec, expert_layers
+from nanovl.spec import ModelSpec, computed, expert_layers
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
 
@@ -104,10 +104,9 @@ def build_model(
     if job.checkpoint.initial_load_path:
         source = Path(job.checkpoint.initial_load_path)
         given = spec_at(source)
-        if given.family.name != spec.family.name or given.config != spec.config:
+        if wrong := differences(given, spec):
             raise ConfigError(
-                f"checkpoint.initial_load_path: {source} holds {given.family.name} {given.config}, "
-                f"the job wants {spec.family.name} {spec.config}; make [model] the same"
+                wrong, f"checkpoint.initial_load_path: {source} holds another model than [model]"
             )
         fill(parallel.whole, source, spec)
         log.say(f"  weights   {source}")
@@ -115,6 +114,18 @@ def build_model(
         for part in parallel.parts:
             init_weights(part, job.debug.seed)
     return parallel
+
+
+def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:
+    """Fields in which the weights of `given` compute something else than `wanted`, one line each."""
+    if given.family.model is not wanted.family.model:
+        return [f"model.name = {wanted.family.name!r}: it is a {given.family.name}"]
+    found, asked = computed(given.config), computed(wanted.config)
+    return [
+        f"model.{key} = {asked.get(key)!r}: it has {found.get(key)!r}"
+        for key in sorted(found.keys() | asked.keys())
+        if found.get(key) != asked.get(key)
+    ]
 
 
 def build_optimizers(

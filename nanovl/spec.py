@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -39,6 +40,24 @@ class ModelConfig(Protocol):
     def layer_names(self) -> list[str]:
         """The template of each layer."""
         ...
+
+
+FREE = MappingProxyType({"free": True})
+"""Metadata of config fields that say how a model begins, learns or runs, but not what its weights compute."""
+
+
+def computed(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What the weights of a config compute: its fields by their dotted names, without those that are FREE."""
+    found: dict[str, Any] = {}
+    of = (
+        config
+        if isinstance(config, dict)
+        else {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("free")}
+    )
+    for name, value in of.items():
+        nested = isinstance(value, dict) or is_dataclass(value)
+        found |= computed(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nanovl.errors import ConfigError
 from nanovl.models.blocks import kernels
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, rope_tables
-from nanovl.spec import Cut, TensorPlan
+from nanovl.spec import FREE, Cut, TensorPlan
 
 # B batch, T query tokens, S key tokens, D head channels (model channels in x), H query heads, K key/value heads
 
@@ -64,7 +64,7 @@ class AttentionConfig:
     """A learned score for each query head that takes its share of the softmax and gives no value (GPT-OSS)."""
     output_gate: bool = False
     """Every channel of the heads' outputs times a sigmoid of its own, sigmoid(g_proj(x)) (arXiv:2505.06708)."""
-    kernel: Kernel = "auto"
+    kernel: Kernel = field(default="auto", metadata=FREE)
     """`sdpa`: torch's fused attention, without cap and sinks; `eager`: the formula, all scores in memory; `flex`:
     FlexAttention, GPU only; `auto`: sdpa where it can, else flex on a GPU and eager elsewhere."""
 

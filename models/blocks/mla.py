@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
-from nanovl.spec import Cut, TensorPlan
+from nanovl.spec import FREE, Cut, TensorPlan
 
 # B batch, T tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
 
@@ -49,7 +49,7 @@ class MlaConfig:
     """Biases of the projections to the latents and of the output projection."""
     sliding_window: int | None = None
     """Keys a query sees, itself included; none = all."""
-    kernel: Kernel = "auto"
+    kernel: Kernel = field(default="auto", metadata=FREE)
     """As of `attention`."""
 
     @property

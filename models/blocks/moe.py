@@ -6,7 +6,7 @@ No token is dropped. Token copies are sorted by expert; then one grouped matrix 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanovl.models.blocks.mlp import Activation, Mlp, MlpConfig, activated
 from nanovl.models.blocks.router import Router, Routing
-from nanovl.spec import ExpertLayer
+from nanovl.spec import FREE, ExpertLayer
 
 # B rows, T tokens, N = B*T, D model, F ffn, E experts, A experts of a token, R = N*A token copies
 # (in the experts themselves, E and R are those that are here)
@@ -60,13 +60,13 @@ class MoeConfig:
     """Factor on the sum of all outputs, the shared expert's too."""
     load_balancing: Literal["none", "bias"] = "none"
     """`bias`: experts with fewer tokens than the mean become easier to choose, by steps of `bias_update_speed`."""
-    bias_update_speed: float = 0.001
-    """Change of every expert's bias a step, in units of a score."""
-    aux_loss_coef: float = 0.0
+    bias_update_speed: float = field(default=0.001, metadata=FREE)
+    """Change of every expert's bias a step, in units of a score; 0 = biases stay as they are loaded."""
+    aux_loss_coef: float = field(default=0.0, metadata=FREE)
     """Weight of the Switch loss over the whole job's loads."""
-    sequence_aux_loss_coef: float = 0.0
+    sequence_aux_loss_coef: float = field(default=0.0, metadata=FREE)
     """Weight of the same loss for each row."""
-    z_loss_coef: float = 0.0
+    z_loss_coef: float = field(default=0.0, metadata=FREE)
     """Weight of the squared log-sum-exp of router logits."""
 
     def mistakes(self) -> list[str]:
@@ -86,6 +86,7 @@ class MoeConfig:
             f"{key} = {getattr(self, key)}: wants 0 or more"
             for key in (
                 "shared_expert_intermediate_size",
+                "bias_update_speed",
                 "aux_loss_coef",
                 "sequence_aux_loss_coef",
                 "z_loss_coef",
@@ -97,8 +98,6 @@ class MoeConfig:
             for key in ("router_logit_softcapping", "output_scale")
             if (value := getattr(self, key)) is not None and value <= 0
         ]
-        if self.load_balancing == "bias" and self.bias_update_speed <= 0:
-            wrong.append(f"bias_update_speed = {self.bias_update_speed}: wants a number above 0")
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             wrong.append(
                 "shared_expert_gate = true: there is no shared expert; set shared_expert_intermediate_size"

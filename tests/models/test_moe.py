@@ -317,7 +317,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "router_logit_softcapping = 0.0: wants a number above 0": {"router_logit_softcapping": 0.0},
     "output_scale = 0.0: wants a number above 0": {"output_scale": 0.0},
     "shared_expert_activation = 'gelu': there is no shared expert": {"shared_expert_activation": "gelu"},
-    "bias_update_speed = 0.0: wants a number above 0": {"load_balancing": "bias", "bias_update_speed": 0.0},
+    "bias_update_speed = -0.1: wants 0 or more": {"load_balancing": "bias", "bias_update_speed": -0.1},
     "shared_expert_gate = true: there is no shared expert": {"shared_expert_gate": True},
     "norm_topk_prob = true: a single expert's weight": {"num_experts_per_tok": 1},
     "num_experts_per_tok = 7: wants at most num_experts = 6": {"num_experts_per_tok": 7},
