@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
 
     loaded = load(args.path, device="cpu", dtype=args.dtype)
     if args.to == "hf":
-        from nanovl.checkpoint.hf import save_hf
+        from nanovl.checkpoint.hf import named_weights, save_hf
 
-        save_hf(folder, dict(loaded.model.named_parameters()), loaded.spec, getattr(torch, args.dtype))
+        save_hf(folder, named_weights(loaded.model), loaded.spec, getattr(torch, args.dtype))
         loaded.tokenizer.save(folder)
         ids = {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": loaded.tokenizer.bos_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def computed(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One line of a key map: how a tensor is named by Hugging Face and by us.
+    """One line of a key map: how a tensor, a parameter or a persistent buffer, is named by Hugging Face and by us.
 
     `theirs` and `ours` are names with `{i}` for the layer number. `to_ours` and `to_theirs` convert the values where
     the layout differs (exact inverses); None = as it is.

@@ -41,6 +41,24 @@ def spec_of_directory(folder: Path) -> ModelSpec:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What checkpoints hold of `model`: parameters, a tied one under its first name, and persistent buffers."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def exchanged(spec: ModelSpec) -> dict[str, Tensor]:
+    """The weights of `spec` that Hugging Face checkpoints hold, on the meta device: all parameters, and the buffers for
+    which the key map has a rule. Other buffers, such as loads last seen by routers, begin anew."""
+    names = KeyMap(_hf(spec.family.hf).key_rules(spec.config))
+    with torch.device("meta"):
+        weights = named_weights(spec.family.model(spec.config))
+    return {
+        n: w for n, w in weights.items() if isinstance(w, nn.Parameter) or names.group(ours=n) is not None
+    }
+
+
 @torch.no_grad()
 def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Fill `model` (plain, sharded, or a pipeline's part) from the safetensors of `folder`, one tensor at a time.
@@ -51,39 +69,41 @@ def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
 
     places = tensor_places(folder)
     names = KeyMap(_hf(spec.family.hf).key_rules(spec.config))
-    parameters = dict(model.named_parameters())
-    with torch.device("meta"):
-        whole = {name for name, _ in spec.family.model(spec.config).named_parameters()}
+    here = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    whole = exchanged(spec).keys()
     found = {theirs: names.group(theirs=theirs) for theirs in places}
     # in one order on every rank: filling sharded parameters may ask the others
     groups = dict.fromkeys(g for g in found.values() if g is not None and whole >= set(g.ours))
     wrong = [f"unknown {theirs}" for theirs, group in found.items() if group not in groups]
     wrong += [f"missing {theirs}" for group in groups for theirs in group.theirs if theirs not in places]
     filled = [ours for group in groups for ours in group.ours]
-    wrong += [f"missing {theirs}" for ours in whole - set(filled) for theirs in names.theirs(ours)]
+    wrong += [f"missing {theirs}" for ours in whole - set(filled) for theirs in names.group_of(ours).theirs]
     wrong += [f"twice, in two layouts, {ours}" for ours in set(filled) if filled.count(ours) > 1]
     with ExitStack() as stack:
         files = {f: stack.enter_context(safe_open(f, framework="pt")) for f in sorted(set(places.values()))}
         for group in groups:
             # another stage of a pipeline may have them
-            elsewhere = not parameters.keys() >= set(group.ours)
+            elsewhere = not here.keys() >= set(group.ours)
             if elsewhere or any(theirs not in places for theirs in group.theirs):
                 continue
             values = [files[places[theirs]].get_tensor(theirs) for theirs in group.theirs]
             for ours, value in zip(group.ours, group.to_ours(values), strict=True):
-                if value.shape != parameters[ours].shape:
-                    shapes = f"is {tuple(value.shape)}, the model wants {tuple(parameters[ours].shape)}"
+                if value.shape != here[ours].shape:
+                    shapes = f"is {tuple(value.shape)}, the model wants {tuple(here[ours].shape)}"
                     wrong.append(f"{' + '.join(group.theirs[:2])} {shapes}")
                 elif not wrong:
-                    copy_full(parameters[ours], value)
+                    copy_full(here[ours], value)
     if wrong:
         raise CheckpointError(
             f"{folder} does not fit {spec.family.name}:" + "".join(f"\n  {line}" for line in sorted(wrong))
         )
 
 
-def save_hf(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors that `AutoModelForCausalLM` loads."""
+def save_hf(folder: Path, weights: Mapping[str, Tensor], spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors that `AutoModelForCausalLM` loads, from `weights` as of `named_weights`.
+
+    Parameters are written in `dtype`, buffers in float32, whose precision their users need.
+    """
     from safetensors.torch import save_file
 
     if spec.family.hf is None:
@@ -92,10 +112,12 @@ def save_hf(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, dty
         )
     config = {**spec.family.hf.config_to_hf(spec.config), "dtype": str(dtype).removeprefix("torch.")}
     names = KeyMap(spec.family.hf.key_rules(spec.config))
+    wanted = exchanged(spec)
     tensors = {}
-    for group in dict.fromkeys(names.group_of(ours) for ours in parameters):
-        values = group.to_theirs([parameters[ours] for ours in group.ours])
-        tensors.update({t: v.to(dtype).contiguous() for t, v in zip(group.theirs, values, strict=True)})
+    for group in dict.fromkeys(names.group_of(ours) for ours in wanted):
+        kind = dtype if any(isinstance(wanted[ours], nn.Parameter) for ours in group.ours) else torch.float32
+        values = group.to_theirs([weights[ours] for ours in group.ours])
+        tensors.update({t: v.to(kind).contiguous() for t, v in zip(group.theirs, values, strict=True)})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -147,27 +169,16 @@ class KeyMap:
             for ours in _names(rule.ours):
                 self._by_ours.setdefault(ours, rule)
 
-    def group(self, *, theirs: str) -> Group | None:
-        """What `theirs` is read with; None where no rule matches. Equal groups are the same object."""
-        return self._find(self._by_theirs, theirs)
+    def group(self, *, theirs: str = "", ours: str = "") -> Group | None:
+        """What either name is read or written with; None where no rule matches. Equal groups are the same object."""
+        return self._find(self._by_theirs, theirs) if theirs else self._find(self._by_ours, ours)
 
     def group_of(self, ours: str) -> Group:
         """What `ours` is written with. Raises CheckpointError where there is no rule."""
-        group = self._find(self._by_ours, ours)
+        group = self.group(ours=ours)
         if group is None:
             raise CheckpointError(f"{ours}: the family's key map has no rule for it")
         return group
-
-    def theirs(self, ours: str) -> tuple[str, ...]:
-        """Their names for what `ours` is written with."""
-        return self.group_of(ours).theirs
-
-    def to_ours(self, theirs: str) -> tuple[KeyRule | None, str]:
-        """The rule and our name for `theirs` where that is one tensor in both; (None, "") where no rule matches."""
-        for pattern, layer in _patterns(theirs):
-            if isinstance(rule := self._by_theirs.get(pattern), KeyRule):
-                return rule, rule.ours.replace("{i}", layer)
-        return None, ""
 
     def _find(self, rules: Mapping[str, KeyRule | KeyGroup], name: str) -> Group | None:
         for pattern, layer in _patterns(name):

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanovl.checkpoint.hf import KeyMap, load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.hf import KeyMap, load_hf_weights, named_weights, save_hf, spec_of_directory
 from nanovl.inference.engine import Engine
 from nanovl.spec import ModelSpec
 
@@ -176,7 +176,7 @@ def assert_packed_equals_separate(
 
 def assert_checkpoint_returns(of: Pair, folder: Path, seed: int) -> None:
     """What we write transformers loads whole, with equal tensors and logits, and we load it back bit-equal."""
-    save_hf(folder, dict(of.ours.named_parameters()), of.spec, torch.float32)
+    save_hf(folder, named_weights(of.ours), of.spec, torch.float32)
     # the class of a family of vision models is not the one that AutoModelForCausalLM takes for its text config
     by_config = transformers.AutoModelForCausalLM if _is_auto(of.theirs) else type(of.theirs)
     again, info = by_config.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -77,11 +77,12 @@ def renamed(tensors: dict[str, torch.Tensor], config: MlaConfig) -> dict[str, to
     """Tensors of one layer of theirs under our names, permuted; and back again they are the same."""
     names, found = KeyMap(latent_rules(config)), {}
     for name, value in tensors.items():
-        rule, ours = names.to_ours(f"model.layers.0.self_attn.{name}")
-        assert rule is not None, name
-        mine = value if rule.to_ours is None else rule.to_ours(value)
-        assert torch.equal(value, mine if rule.to_theirs is None else rule.to_theirs(mine))
-        assert names.theirs(ours) == (f"model.layers.0.self_attn.{name}",)
+        group = names.group(theirs=f"model.layers.0.self_attn.{name}")
+        assert group is not None, name
+        (mine,) = group.to_ours([value])
+        assert torch.equal(value, *group.to_theirs([mine]))
+        (ours,) = group.ours
+        assert names.group_of(ours) is group
         found[ours.removeprefix("layers.0.mixer.")] = mine.detach()
     return found
 

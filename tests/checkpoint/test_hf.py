@@ -1,0 +1,72 @@
+"""Buffers in Hugging Face checkpoints: those with a rule travel, in float32; others begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanovl.checkpoint.hf import load_hf_weights, named_weights, save_hf
+from nanovl.errors import CheckpointError
+from nanovl.registry import family
+from nanovl.spec import KeyGroup, KeyRule, ModelSpec
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture
+def spec() -> ModelSpec:
+    """Experts balanced by a bias that has a name on disk, as DeepSeek's, and by a loss that remembers loads."""
+    found = family("qwen3_moe")
+    assert found.hf is not None
+    config = found.flavors["debug"]()
+    config.num_hidden_layers = 2
+    config.blocks["full"].ffn.load_balancing = "bias"
+    config.blocks["full"].ffn.aux_loss_coef = 0.01
+    rules = found.hf.key_rules
+    bias = KeyRule(BIAS.replace("1", "{i}"), "layers.{i}.ffn.router.expert_bias")
+
+    def with_bias(config: Any) -> Sequence[KeyRule | KeyGroup]:
+        return [*rules(config), bias]
+
+    hf = replace(found.hf, key_rules=with_bias, config_to_hf=lambda config: {})
+    return ModelSpec(replace(found, hf=hf), config)
+
+
+def drawn(spec: ModelSpec) -> torch.nn.Module:
+    model = spec.family.model(spec.config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in named_weights(model).values():
+            weight.normal_(generator=generator)
+    return model
+
+
+def test_buffers_with_a_rule_travel_in_float32(spec: ModelSpec, tmp_path: Path) -> None:
+    model, again = drawn(spec), spec.family.model(spec.config)
+    save_hf(tmp_path, named_weights(model), spec, torch.bfloat16)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored[BIAS], model.layers["1"].ffn.router.expert_bias)
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert not any("load" in key for key in stored)
+    load_hf_weights(tmp_path, again, spec)
+    for name, weight in named_weights(again).items():
+        if name.endswith("router.load"):
+            assert not weight.any(), name
+        else:
+            kind = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
+            assert torch.equal(weight, named_weights(model)[name].to(kind).float()), name
+
+
+def test_a_missing_buffer_is_an_error(spec: ModelSpec, tmp_path: Path) -> None:
+    save_hf(tmp_path, named_weights(drawn(spec)), spec, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored[BIAS]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"does not fit qwen3_moe:\n  missing {BIAS}$"):
+        load_hf_weights(tmp_path, spec.family.model(spec.config), spec)
