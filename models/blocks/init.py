@@ -54,7 +54,7 @@ def initialize(
     is_output = leaf in ("o_proj", "down_proj")
     if leaf == "A_log":
         full.uniform_(0.01, 16.0, generator=generator).log_()
-    elif leaf in ("dt_bias", "gated_norm"):
+    elif leaf in ("dt_bias", "gated_norm", "k_layer_norm"):
         full.fill_(1.0)
     elif leaf.endswith(("bias", "sinks")) or (is_output and config.outputs == "zero"):
         full.zero_()

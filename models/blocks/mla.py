@@ -5,7 +5,7 @@
     q_h = [q_b_h norm(q_a x) | its last channels rotated]
 
 Only the last `qk_rope_head_dim` channels of a head turn. Keys and values are expanded to all heads before `core`, as in
-training; so the engine's cache holds them expanded too.
+training; so the engine's cache holds them expanded too. With an indexer, `core` attends to the keys that it chooses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
+from nanovl.models.blocks.indexer import Indexer, IndexerConfig
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
+from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.spec import FREE, Cut, TensorPlan
 
 # B batch, T tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
@@ -50,11 +52,19 @@ class MlaConfig:
     sliding_window: int | None = None
     """Keys a query sees, itself included; none = all."""
     kernel: Kernel = field(default="auto", metadata=FREE)
-    """As of `attention`."""
+    """As of `attention`; no `flex` with an indexer."""
+    indexer: IndexerConfig | None = None
+    """Chooses the keys that a query attends to (DeepSeek-V3.2); none = all."""
 
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def keys(self) -> int | None:
+        """Keys a query attends to at most; None = all."""
+        limits = (self.sliding_window, None if self.indexer is None else self.indexer.chosen_keys)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def scores(self) -> Scores:
@@ -77,7 +87,26 @@ class MlaConfig:
             for key in (*sizes, "q_lora_rank", "sliding_window")
             if getattr(self, key) is not None and getattr(self, key) < 1
         ]
-        return wrong + [f"rope.{m}" for m in self.rope.mistakes(self.qk_rope_head_dim)]
+        wrong += [f"rope.{m}" for m in self.rope.mistakes(self.qk_rope_head_dim)]
+        return wrong + self._indexer_mistakes()
+
+    def _indexer_mistakes(self) -> list[str]:
+        indexer = self.indexer
+        if indexer is None:
+            return []
+        wrong = [f"indexer.{m}" for m in indexer.mistakes()]
+        if self.q_lora_rank is None:
+            wrong.append(
+                "q_lora_rank: the indexer reads the queries' latent; give it a number, or no indexer"
+            )
+        if self.kernel == "flex":
+            wrong.append("kernel = 'flex': cannot choose keys as an indexer does; use auto, sdpa or eager")
+        if indexer.index_head_dim < self.qk_rope_head_dim:
+            wrong.append(
+                f"indexer.index_head_dim = {indexer.index_head_dim}: wants the {self.qk_rope_head_dim} channels of "
+                "qk_rope_head_dim, which turn, or more"
+            )
+        return wrong
 
 
 class LatentAttention(nn.Module):
@@ -98,19 +127,27 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = RMSNorm(kv_rank, norm)
         self.kv_b_proj = nn.Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden_size, config.bias)
-        self.core = AttentionCore(
-            config.sliding_window, heads, config.qk_head_dim, config.scores, config.v_head_dim
-        )
+        core = (config.sliding_window, heads, config.qk_head_dim, config.scores, config.v_head_dim)
+        self.indexer: Indexer | None = None
+        if config.indexer is None or q_rank is None:
+            self.core = AttentionCore(*core)
+        else:
+            self.indexer = Indexer(config.indexer, hidden_size, q_rank)
+            self.core = SparseCore(*core, config.indexer)
 
     @property
     def rope_key(self) -> RopeKey:
         return self.config.rope, self.config.qk_rope_head_dim
 
     def score_flops(self, mean_keys: Callable[[int | None], float]) -> float:
-        """Forward FLOPs of one token between q, k, v and the output: 2 H (d_qk + d_v) keys."""
+        """Forward FLOPs of one token between q, k, v and the output: 2 H (d_qk + d_v) keys, and with an indexer
+        2 (n d + n) for each key it scores."""
         config = self.config
-        channels = config.qk_head_dim + config.v_head_dim
-        return 2.0 * config.num_attention_heads * channels * mean_keys(config.sliding_window)
+        seen, read = mean_keys(config.sliding_window), mean_keys(config.keys)
+        flops = 2.0 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * read
+        if config.indexer is None:
+            return flops
+        return flops + 2.0 * config.indexer.index_n_heads * (config.indexer.index_head_dim + 1) * seen
 
     def tensor_plan(self) -> TensorPlan:
         """Heads apart; every rank has the latents."""
@@ -119,15 +156,13 @@ class LatentAttention(nn.Module):
         cuts = {queries: Cut("column", heads), "kv_b_proj": Cut("column", heads), "o_proj": Cut("row", heads)}
         return TensorPlan(cuts, gathers=True)
 
-    def qkv(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, their last channels rotated, and values, [B, T, H, D]."""
+    def qkv(self, x_BTD: Tensor, latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, their last channels rotated, and values, [B, T, H, D]; queries from their latent, which is
+        x itself where they have none."""
         config = self.config
         still, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         cos, sin = meta.rope[self.rope_key]
-        if config.q_lora_rank is None:
-            q_BTD = self.q_proj(x_BTD)
-        else:
-            q_BTD = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
+        q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(latent_BTL)
         q_still, q_turned = q_BTD.unflatten(2, (-1, still + turned)).split([still, turned], dim=-1)
         latent_BTL, k_turned_BTD = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, turned], dim=-1)
         k_turned_BT1D = apply_rope(k_turned_BTD[:, :, None], cos, sin)
@@ -138,4 +173,9 @@ class LatentAttention(nn.Module):
         return q_BTHD, k_BTHD, v_BTHD
 
     def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
-        return self.o_proj(self.core(*self.qkv(x_BTD, meta), meta).flatten(2))
+        latent_BTL = x_BTD if self.config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
+        qkv = self.qkv(x_BTD, latent_BTL, meta)
+        index = {}
+        if self.indexer is not None:
+            index["index"] = self.indexer(x_BTD, latent_BTL, *meta.rope[self.rope_key])
+        return self.o_proj(self.core(*qkv, meta, **index).flatten(2))

@@ -20,13 +20,14 @@ step's is not known before its last forward. So its first step has none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovl.models.blocks.head import softcapped
+from nanovl.models.blocks.side_loss import counted, joined
 
 if TYPE_CHECKING:
     from nanovl.models.blocks.moe import MoeConfig
@@ -88,7 +89,9 @@ class Router(nn.Module):
             loss = self._balance_loss(logits_BTE, shares_BTE, counts_BE)
             entropy = torch.special.entr(shares_BTE.detach()).sum()
             seen_E1 = torch.cat((counts_E.double(), entropy.double()[None]))
-            weights_BTA = _Observed.apply(weights_BTA, loss, self.tally, seen_E1)
+            weights_BTA = counted(weights_BTA, self.tally, seen_E1)
+            if loss is not None:
+                weights_BTA = joined(weights_BTA, loss)
         return Routing(chosen_BTA.flatten(0, 1), weights_BTA.flatten(0, 1), counts_E)
 
     @torch.no_grad()
@@ -130,24 +133,6 @@ class Router(nn.Module):
             "auxiliary losses are means over the step: begin_step must say how many tokens it has"
         )
         return sum(terms[1:], terms[0]) / self.step_tokens
-
-
-class _Observed(torch.autograd.Function):
-    """The weights as they are. Backward adds the gradient of a loss that nobody else has, and counts what was seen.
-
-    Backward runs once for each micro-batch: a recomputed forward is not counted twice, and evaluation not at all.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, loss: Tensor | None, tally: Tensor, seen: Tensor) -> Tensor:
-        ctx.tally, ctx.seen = tally, seen
-        ctx.dtype = None if loss is None else loss.dtype
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.tally.add_(ctx.seen)
-        return grads[0], None if ctx.dtype is None else grads[0].new_ones((), dtype=ctx.dtype), None, None
 
 
 def _counts(chosen_BTA: Tensor, num_experts: int) -> Tensor:
