@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,5 +46,7 @@ def reachable_keys(seq_len: int) -> MeanKeys:
 
 
 def training_flops_per_token(model: Model, mean_keys: MeanKeys) -> float:
-    """Forward and backward: for every product forward, backward makes two of its size."""
-    return 3 * model.forward_flops_per_token(mean_keys)
+    """Forward and backward: for every product forward, backward makes two of its size, but where a module is spared."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "spared_flops")]
+    spared = sum(m.spared_flops(mean_keys) for m in modules)
+    return 3 * model.forward_flops_per_token(mean_keys) - spared

@@ -49,6 +49,7 @@ from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
 from nanovl.optim.expert_balance import ExpertBalance
 from nanovl.optim.gradients import nonfinite_gradients
 from nanovl.optim.groups import shorten
+from nanovl.optim.index_loss import IndexLosses
 from nanovl.optim.qk_clip import QkClip
 from nanovl.profiling import Profiler
 from nanovl.registry import spec_to_dict
@@ -166,6 +167,7 @@ class Trainer:
             self.arithmetic = self.spec.family.model(self.spec.config)  # all layers, to count FLOPs
         self.optimizers = build_optimizers(self.job, self.spec, self.model, rules, self.modes, log)
         self.balance = ExpertBalance(self.model.whole, self.mesh)
+        self.index_losses = IndexLosses(self.model.whole, self.mesh)
         tau = self.job.optimizer.muon.qk_clip
         groups = [group for group in [self.mesh.group("loss")] if group is not None]
         self.qk_clip = QkClip(self.model.whole, tau, groups) if tau else None
@@ -249,6 +251,7 @@ class Trainer:
         waited = time.perf_counter() - waiting
         step_tokens = job.training.global_batch_size * job.training.seq_len
         self.balance.begin_step(step_tokens)
+        self.index_losses.begin_step(step_tokens)
         result = train_step(
             self.model,
             batches,
@@ -258,6 +261,7 @@ class Trainer:
             stop=self.stop_signal != 0,
         )
         self.balance.end_step(update=result.finite)
+        self.index_losses.end_step()
         if result.finite:
             self.optimizers.step()
             if self.qk_clip is not None:
@@ -315,6 +319,7 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.device),
             **{f"data/{key}": value for key, value in self.loader.stats().items()},
             **self.balance.metrics(),
+            **self.index_losses.metrics(),
         }
         if peak is not None:
             per_second = rates["tokens_per_second"] / (peak * self.world.size)

@@ -21,6 +21,7 @@ from nanovl.dist import fork_ranks
 from nanovl.log import Log
 from nanovl.mesh import build_mesh, copy_full
 from nanovl.optim.expert_balance import ExpertBalance
+from nanovl.optim.index_loss import IndexLosses
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms.init import named_generator
 from nanovl.parallelisms.parallel_model import ParallelModel
@@ -158,7 +159,7 @@ def _steps_on_rank(rank: int, job: Job, world: int, steps: int) -> Outcome:
     job = replace(job, optimizer=replace(job.optimizer, groups=groups))
     rules = SizeRules(0, 0, steps, 1.0, 1.0, 1.0)
     optimizers = build_optimizers(job, spec, model, rules, modes, log)
-    balance = ExpertBalance(model.whole, mesh)
+    balance, index_losses = ExpertBalance(model.whole, mesh), IndexLosses(model.whole, mesh)
     outcome = Outcome([], [])
     for name, parameter in model.named_parameters():
         outcome.initial[name] = hashlib.sha256(whole(parameter).numpy().tobytes()).hexdigest()
@@ -171,8 +172,10 @@ def _steps_on_rank(rank: int, job: Job, world: int, steps: int) -> Outcome:
         parts = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
         batches = [made_up_rows(job, job.tokenizer.vocab_size, step, part) for part in parts]
         balance.begin_step(job.training.global_batch_size * job.training.seq_len)
+        index_losses.begin_step(job.training.global_batch_size * job.training.seq_len)
         result = train_step(model, batches, max_norm=job.training.max_norm, chunk_tokens=16)
         balance.end_step(update=result.finite)
+        index_losses.end_step()
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         if step == 0:

@@ -11,10 +11,12 @@ from typing import Any
 from nanovl.config.schema import Job, Parallelism
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.attention import AttentionCore, MetaBuilder
+from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.models.nanochat import PreviousToken
 from nanovl.parallelisms.context_cores import (
     AllGatherCore,
     AllGatherMeta,
+    AllGatherSparseCore,
     CutCore,
     CutMeta,
     PreviousAcrossCut,
@@ -59,7 +61,12 @@ def mistakes(model: Model, job: Job) -> list[str]:
             "an attention core, and would see this rank's tokens only; set it to 1"
         )
     mixers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "core", None), AttentionCore)]
-    if config.context_parallel_method == "ulysses":
+    if config.context_parallel_method != "allgather" and any(isinstance(m.core, SparseCore) for m in mixers):
+        wrong.append(
+            f"parallelism.context_parallel_method = {config.context_parallel_method!r}: an indexer chooses among "
+            "all keys of a row, by all heads alike; use 'allgather'"
+        )
+    elif config.context_parallel_method == "ulysses":
         for heads in sorted({m.config.num_attention_heads for m in mixers}):
             wrong += _heads(heads, config)
     if config.context_parallel_method == "ring":
@@ -98,7 +105,8 @@ def apply_context_parallel(model: Model, config: Parallelism, mesh: Mesh) -> int
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, AttentionCore):
-                setattr(module, name, core(child, cut, group))
+                cut_core = AllGatherSparseCore if isinstance(child, SparseCore) else core
+                setattr(module, name, cut_core(child, cut, group))
                 changed += 1
             elif isinstance(child, PreviousToken):
                 setattr(module, name, PreviousAcrossCut(cut, group))

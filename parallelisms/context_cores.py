@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, MetaBuilder, attend, visible
+from nanovl.models.blocks.indexer import Index
+from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.models.nanochat import PreviousToken
 from nanovl.parallelisms.context_cut import SequenceCut, visible_between, whole_row
 
@@ -57,6 +59,27 @@ class AllGatherCore(CutCore):
             here = mask[..., queries, keys]
             out.append(attend(*qkv, here, scores=self.scores, sinks_H=sinks_H, heat_BT=heat))
         return torch.cat(out, dim=1)
+
+
+class AllGatherSparseCore(SparseCore):
+    """Gathers the row's keys and values and what keys are scored by; each rank's queries choose among all."""
+
+    def __init__(self, core: AttentionCore, cut: SequenceCut, group: dist.ProcessGroup) -> None:
+        assert isinstance(core, SparseCore)
+        sizes = (core.num_key_value_heads, core.head_dim, core.scores, core.value_dim)
+        super().__init__(core.window, *sizes, core.indexer)
+        self.loss = core.loss
+        self.cut = cut
+        self.group = group
+
+    def forward(  # type: ignore[override]
+        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, meta: AttentionMeta, index: Index
+    ) -> Tensor:
+        """-> [B, T, H, D]."""
+        kv_BSHD = whole_row(torch.cat((k_BTHD, v_BTHD), dim=-1), self.cut, self.group)
+        k_BSHD, v_BSHD = kv_BSHD.split((self.head_dim, self.value_dim), dim=-1)
+        index = index._replace(k_BSD=whole_row(index.k_BSD, self.cut, self.group))
+        return super().forward(q_BTHD, k_BSHD, v_BSHD, meta, index)
 
 
 class UlyssesCore(CutCore):

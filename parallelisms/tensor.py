@@ -9,7 +9,7 @@ Between modules each rank has a part of the sequence, so what lies there (norms,
 
 Parameters that no plan names are whole on every rank and see a part of the sequence or of the heads, so their gradients
 are partial sums everywhere: FSDP adds them up over the tensor ranks before it shares them out. Experts are left alone:
-they are cut by expert parallelism.
+they are cut by expert parallelism. An indexer is whole on every rank, and each takes an equal share of its loss.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from nanovl.config.schema import Job, Parallelism
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.norm import RMSNorm
+from nanovl.models.blocks.sparse_core import index_losses
 from nanovl.parallelisms.collectives import gather, piece
 from nanovl.parallelisms.local_views import Memo, View, Views, read_before, spread
 from nanovl.parallelisms.tensor_modules import (
     SEQUENCE,
     OverRanks,
     RowLinear,
+    SumOfHeads,
     VocabEmbedding,
     VocabHead,
     WidthNorm,
@@ -92,6 +94,8 @@ def apply_tensor_parallel(model: Model, config: Parallelism, mesh: Mesh) -> int:
             module.tp = group
         if isinstance(module, VocabEmbedding):
             module.cuts_sequence = not any(plan.starts for _, _, plan in plans)
+    for loss in index_losses(model):
+        loss.all_heads, loss.share = SumOfHeads(group), 1 / group.size()
     memo: Memo = {}
     seen = {m for layer in expert_layers(model) for m in layer.experts.modules()}
     for unit in (*model.blocks(), model):

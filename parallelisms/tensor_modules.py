@@ -125,3 +125,14 @@ def vocab_chunk_loss(
     if slope_CV is not None:
         d_CV *= slope_CV
     return nll_C, d_CV.to(raw_CV.dtype)
+
+
+class SumOfHeads(nn.Module):
+    """What this rank's heads add up to -> what all do; without a gradient."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x_BCS: Tensor) -> Tensor:
+        return all_reduce(x_BCS, self.group)

@@ -96,10 +96,14 @@ def index_scores(scores_BCIS: Tensor, weights_BCI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chosen(index: Index, mask: Tensor | None, topk: int) -> Tensor | None:
-    """`mask` less the keys that are not among a query's best `topk`, [B, 1, T, S]; as it is where all fit."""
+def chosen(index: Index, mask: Tensor | None, topk: int | None) -> Tensor | None:
+    """`mask` less the keys that are not among a query's best `topk`, [B, 1, T, S]; as it is where all fit, or all are
+    wanted (None).
+
+    Without a mask there are as many queries as keys, and each sees those before it and itself.
+    """
     keys = index.k_BSD.shape[1]
-    if keys <= topk:
+    if topk is None or keys <= topk:
         return mask
     parts = []
     for rows in chunks(index.q_BTID.shape[1], index.weights_BTI[:, 0].numel() * keys):

@@ -149,6 +149,19 @@ class LatentAttention(nn.Module):
             return flops
         return flops + 2.0 * config.indexer.index_n_heads * (config.indexer.index_head_dim + 1) * seen
 
+    def spared_flops(self, mean_keys: Callable[[int | None], float]) -> float:
+        """FLOPs of one token by which backward stays below twice forward: an indexer's inputs have no gradient, and its
+        loss looks at the chosen keys only; without a loss all of its backward."""
+        config = self.config
+        if self.indexer is None or config.indexer is None:
+            return 0.0
+        a_key = 2.0 * config.indexer.index_n_heads * (config.indexer.index_head_dim + 1)
+        projections = 2.0 * sum(m.weight.numel() for m in self.indexer.modules() if isinstance(m, nn.Linear))
+        seen, read = mean_keys(config.sliding_window), mean_keys(config.keys)
+        if config.indexer.index_loss == "none":
+            return 2 * (projections + a_key * seen)
+        return projections + 2 * a_key * (seen - read)
+
     def tensor_plan(self) -> TensorPlan:
         """Heads apart; every rank has the latents."""
         heads = self.config.num_attention_heads

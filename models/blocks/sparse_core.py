@@ -48,17 +48,14 @@ class SparseCore(AttentionCore):
         indexer: IndexerConfig,
     ) -> None:
         super().__init__(window, num_key_value_heads, head_dim, scores, value_dim)
-        self.topk = indexer.chosen_keys
-        self.index_dim = indexer.index_head_dim
+        self.indexer = indexer
         self.loss = None if indexer.index_loss == "none" else IndexLoss(scores)
 
     def forward(  # type: ignore[override]
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, meta: AttentionMeta, index: Index
     ) -> Tensor:
         """-> [B, T, H, D]."""
-        mask = meta.masks[self.window]
-        if self.topk is not None:
-            mask = chosen(index, mask, self.topk)
+        mask = chosen(index, meta.masks[self.window], self.indexer.chosen_keys)
         out_BTHD = attend(q_BTHD, k_BSHD, v_BSHD, mask, is_causal=mask is None, scores=self.scores)
         if self.loss is None or not index.q_BTID.requires_grad:
             return out_BTHD

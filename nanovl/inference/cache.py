@@ -1,8 +1,9 @@
 """Keys, values and last embeddings of running requests, and the children of a model that keep them.
 
 The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
-`CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit; those of Gated DeltaNet
-by what states.py has. Another child that looks at earlier tokens needs its cached form in `cached_form`.
+`CachedCore`, every `SparseCore` by a `CachedSparseCore`, and every `PreviousToken` by a `CachedPrevious`, found by class
+wherever they sit; those of Gated DeltaNet by what states.py has. Another child that looks at earlier tokens needs its
+cached form in `cached_form`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from nanovl.inference.request import RequestError
 from nanovl.inference.states import State, grown, state_of
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, attend
+from nanovl.models.blocks.indexer import Index, chosen
+from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.models.nanochat import PreviousToken
 
 # B rows of a forward, T their tokens (right-padded), N all tokens but the padding, S key places, D channels,
@@ -194,15 +197,7 @@ class CachedCore(nn.Module):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """-> [B, T, H, D]."""
-        feed = self.cache.feed
-        assert feed is not None, "a cached core outside of KVCache.installed"
-        self.k = grown(self.k, (self.cache.slots, self.cache.places, *k_BTKD.shape[2:]), k_BTKD)
-        self.v = grown(self.v, (self.cache.slots, self.cache.places, *v_BTKD.shape[2:]), v_BTKD)
-        self.k[feed.slots_N, feed.places_N] = feed.without_padding(k_BTKD)
-        self.v[feed.slots_N, feed.places_N] = feed.without_padding(v_BTKD)
-        keys = feed.keys(self.window)
-        read = (feed.slots, slice(keys.first, keys.stop))
-        k_BSKD, v_BSKD = self.k[read], self.v[read]
+        feed, keys, k_BSKD, v_BSKD = self.recall(k_BTKD, v_BTKD)
         batch, tokens, heads, head_dim = q_BTHD.shape
         how = partial(attend, scores=self.scores, heat_BT=self.scores.heat(feed.positions_BT))
         if tokens > 1 or sinks_H is not None:
@@ -211,6 +206,21 @@ class CachedCore(nn.Module):
         grouped = q_BTHD.view(batch, k_BSKD.shape[2], -1, head_dim).transpose(1, 2)
         out = how(grouped, k_BSKD, v_BSKD, keys.mask)
         return out.transpose(1, 2).reshape(batch, 1, heads, -1)
+
+    def recall(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Feed, Keys, Tensor, Tensor]:
+        """Keep what this forward brings; its feed, and which keys and values [B, S, ...] its rows read."""
+        feed = self.cache.feed
+        assert feed is not None, "a cached core outside of KVCache.installed"
+        keys = feed.keys(self.window)
+        self.k, k_BSKD = self._kept(self.k, k_BTKD, feed, keys)
+        self.v, v_BSKD = self._kept(self.v, v_BTKD, feed, keys)
+        return feed, keys, k_BSKD, v_BSKD
+
+    def _kept(self, store: Tensor | None, x_BT: Tensor, feed: Feed, keys: Keys) -> tuple[Tensor, Tensor]:
+        """`store` with this forward's tokens in it, and what of it is read."""
+        store = grown(store, (self.cache.slots, self.cache.places, *x_BT.shape[2:]), x_BT)
+        store[feed.slots_N, feed.places_N] = feed.without_padding(x_BT)
+        return store, store[feed.slots, keys.first : keys.stop]
 
     def stores(self) -> list[Tensor]:
         """Tensors [slots, ...] that hold what was seen."""
@@ -221,6 +231,36 @@ class CachedCore(nn.Module):
         if self.k is None or self.v is None:
             return self.num_key_value_heads * self.channels * dtype.itemsize
         return self.k[0, 0].nbytes + self.v[0, 0].nbytes
+
+
+class CachedSparseCore(CachedCore):
+    """SparseCore that also remembers what keys are scored by."""
+
+    def __init__(self, core: SparseCore, cache: KVCache) -> None:
+        super().__init__(core, cache)
+        self.topk, self.index_channels = core.indexer.chosen_keys, core.indexer.index_head_dim
+        self.index_k: Tensor | None = None
+
+    def forward(  # type: ignore[override]
+        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, meta: AttentionMeta, index: Index
+    ) -> Tensor:
+        """-> [B, T, H, D]."""
+        feed, keys, k_BSHD, v_BSHD = self.recall(k_BTHD, v_BTHD)
+        self.index_k, index_k_BSD = self._kept(self.index_k, index.k_BSD, feed, keys)
+        mask = keys.mask
+        if mask is None and not keys.is_causal:
+            mask = torch.ones(1, 1, 1, keys.stop - keys.first, dtype=torch.bool, device=q_BTHD.device)
+        mask = chosen(index._replace(k_BSD=index_k_BSD), mask, self.topk)
+        return attend(q_BTHD, k_BSHD, v_BSHD, mask, is_causal=mask is None, scores=self.scores)
+
+    def stores(self) -> list[Tensor]:
+        """Tensors [slots, ...] that hold what was seen."""
+        return [*super().stores(), *([] if self.index_k is None else [self.index_k])]
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Of keys, values and what keys are scored by; `dtype` where none have arrived yet."""
+        index = self.index_channels * dtype.itemsize if self.index_k is None else self.index_k[0, 0].nbytes
+        return super().bytes_per_token(dtype) + index
 
 
 class CachedPrevious(nn.Module):
@@ -246,6 +286,8 @@ class CachedPrevious(nn.Module):
 
 def cached_form(child: nn.Module, cache: KVCache) -> CachedCore | CachedPrevious | State | None:
     """What stands for `child` in the engine; None where it looks at no other token."""
+    if isinstance(child, SparseCore):
+        return CachedSparseCore(child, cache)
     if isinstance(child, AttentionCore):
         return CachedCore(child, cache)
     return CachedPrevious(cache) if isinstance(child, PreviousToken) else state_of(child, cache)

@@ -19,6 +19,7 @@ from nanovl.mesh import Mesh, build_mesh
 from nanovl.optim.build import Optimizers
 from nanovl.optim.expert_balance import ExpertBalance
 from nanovl.optim.gradients import global_norm
+from nanovl.optim.index_loss import IndexLosses
 from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.fsdp import reshards_after_forward
 from nanovl.parallelisms.init import materialize
@@ -133,9 +134,9 @@ def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
             materialize(part, CPU)
     # not under the mode: the optimizers read ranks off the mesh, which must stay real
     optimizers = build_optimizers(job, asked.spec, parallel, asked.rules, asked.modes, NOBODY)
-    balance = ExpertBalance(parallel.whole, mesh)
+    balance, index_losses = ExpertBalance(parallel.whole, mesh), IndexLosses(parallel.whole, mesh)
     with fake:
-        update = _update(parallel, optimizers, balance)
+        update = _update(parallel, optimizers, balance, index_losses)
         runs = rehearse_stages(asked, parallel, unsharded, asked.rows_at_once(mesh))
     micro_batches = asked.micro_batches(mesh)
     order = parallel.pipeline.plan(micro_batches)[mesh.rank("pp")] if parallel.pipeline else ONE_BY_ONE
@@ -204,8 +205,11 @@ def _use_of_units(asked: PlannedJob, mesh: Mesh) -> UseOfUnits:
     )
 
 
-def _update(parallel: ParallelModel, optimizers: Optimizers, balance: ExpertBalance) -> Account:
-    """What a step does outside of forward and backward: loss and norm, experts' loads, and the optimizers' own."""
+def _update(
+    parallel: ParallelModel, optimizers: Optimizers, balance: ExpertBalance, index_losses: IndexLosses
+) -> Account:
+    """What a step does outside of forward and backward: loss and norm, experts' loads, indexers' losses, and the
+    optimizers' own."""
     mesh, parameters = parallel.mesh, dict(parallel.named_parameters())
     for ledger in (
         Ledger(),
@@ -222,5 +226,6 @@ def _update(parallel: ParallelModel, optimizers: Optimizers, balance: ExpertBala
             if parallel.pipeline is not None:
                 parallel.pipeline.tied.sum_gradients()
             balance.end_step(update=True)
+            index_losses.end_step()
             optimizers.step()
     return ledger.account

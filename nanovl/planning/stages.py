@@ -13,6 +13,7 @@ from torch import Tensor
 from nanovl.config.schema import Job
 from nanovl.device import Modes
 from nanovl.mesh import Mesh
+from nanovl.models.blocks.sparse_core import index_losses
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms import pipeline_split
 from nanovl.parallelisms.apply import cut_part
@@ -73,10 +74,11 @@ def rehearse_stages(
     found = {}
     for stage, part in stages.items():
         materialize(part, CPU)
+        step_tokens = batch["tokens_BT"].numel()  # any number: what is computed is not looked at
+        for loss in index_losses(part):
+            loss.step_tokens = step_tokens
         for layer in expert_layers(part):
-            layer.router.step_tokens = batch[
-                "tokens_BT"
-            ].numel()  # any number: what is computed is not looked at
+            layer.router.step_tokens = step_tokens
             if isinstance(layer.dispatch, ExpertDispatch) and layer.dispatch.ranks is not None:
                 tokens = batch["tokens_BT"].numel() // (1 if layer.dispatch.cut else parallel.mesh.size("tp"))
                 rows = tokens * layer.num_experts_per_tok
