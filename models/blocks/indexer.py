@@ -10,13 +10,14 @@ transformers, without the Hadamard rotation and the 8-bit floats of DeepSeek's k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nanovl.models.blocks.rope import apply_rope
+from nanovl.spec import FREE
 
 # B batch, T query tokens, S key tokens, C query tokens of a chunk, D model channels in x and head channels elsewhere,
 # L channels of the queries' latent, F frequencies, I index heads
@@ -33,9 +34,9 @@ class IndexerConfig:
     """Channels of each."""
     index_topk: int
     """Keys a query attends to; all it sees where those are fewer."""
-    index_loss: Literal["none", "dense", "sparse"] = "sparse"
+    index_loss: Literal["none", "dense", "sparse"] = field(default="sparse", metadata=FREE)
     """What it learns from: KL(attention summed over heads || softmax of I), over the chosen keys (`sparse`) or over all
-    (`dense`: warm-up, in which attention itself stays with all keys too)."""
+    (`dense`: warm-up, in which training attends to all keys; evaluation and engine choose even then)."""
 
     def mistakes(self) -> list[str]:
         """What cannot be, as `key = value: wanted`."""
@@ -45,8 +46,8 @@ class IndexerConfig:
         ]
 
     @property
-    def chosen_keys(self) -> int | None:
-        """Keys a query attends to at most; None = all."""
+    def training_keys(self) -> int | None:
+        """Keys a query attends to in training at most; None = all."""
         return None if self.index_loss == "dense" else self.index_topk
 
 
@@ -96,14 +97,13 @@ def index_scores(scores_BCIS: Tensor, weights_BCI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chosen(index: Index, mask: Tensor | None, topk: int | None) -> Tensor | None:
-    """`mask` less the keys that are not among a query's best `topk`, [B, 1, T, S]; as it is where all fit, or all are
-    wanted (None).
+def chosen(index: Index, mask: Tensor | None, topk: int) -> Tensor | None:
+    """`mask` less the keys that are not among a query's best `topk`, [B, 1, T, S]; as it is where all fit.
 
     Without a mask there are as many queries as keys, and each sees those before it and itself.
     """
     keys = index.k_BSD.shape[1]
-    if topk is None or keys <= topk:
+    if keys <= topk:
         return mask
     parts = []
     for rows in chunks(index.q_BTID.shape[1], index.weights_BTI[:, 0].numel() * keys):

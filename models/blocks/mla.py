@@ -61,9 +61,9 @@ class MlaConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def keys(self) -> int | None:
-        """Keys a query attends to at most; None = all."""
-        limits = (self.sliding_window, None if self.indexer is None else self.indexer.chosen_keys)
+    def training_keys(self) -> int | None:
+        """Keys a query attends to in training at most; None = all."""
+        limits = (self.sliding_window, None if self.indexer is None else self.indexer.training_keys)
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
@@ -143,7 +143,7 @@ class LatentAttention(nn.Module):
         """Forward FLOPs of one token between q, k, v and the output: 2 H (d_qk + d_v) keys, and with an indexer
         2 (n d + n) for each key it scores."""
         config = self.config
-        seen, read = mean_keys(config.sliding_window), mean_keys(config.keys)
+        seen, read = mean_keys(config.sliding_window), mean_keys(config.training_keys)
         flops = 2.0 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * read
         if config.indexer is None:
             return flops
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
             return 0.0
         a_key = 2.0 * config.indexer.index_n_heads * (config.indexer.index_head_dim + 1)
         projections = 2.0 * sum(m.weight.numel() for m in self.indexer.modules() if isinstance(m, nn.Linear))
-        seen, read = mean_keys(config.sliding_window), mean_keys(config.keys)
+        seen, read = mean_keys(config.sliding_window), mean_keys(config.training_keys)
         if config.indexer.index_loss == "none":
             return 2 * (projections + a_key * seen)
         return projections + 2 * a_key * (seen - read)

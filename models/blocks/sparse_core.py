@@ -5,7 +5,8 @@ What it is to foresee are the weights that attention gives to keys, summed over 
     p_ts = sum_h a_hts / sum_hs a_hts,    loss = mean_t KL(p_t || softmax_s I_ts)
 
 over the keys that attention sees, with p held fixed, as DeepSeek-V3.2 trains it. The loss has no gradient into
-attention, and that of the predictions none into the indexer. The mean is over all tokens of the step, padding too.
+attention, and that of the predictions none into the indexer. The mean is over all tokens of the step, padding too; so
+there is none outside of a step.
 
 Nothing of the size queries x keys x heads is kept: chunk by chunk of queries the gradients are computed with the loss,
 with g_ts = softmax_s(I_ts) - p_ts and u_tis = w_ti n^-1/2 d^-1/2 [q_ti k_s > 0] g_ts
@@ -55,11 +56,15 @@ class SparseCore(AttentionCore):
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, meta: AttentionMeta, index: Index
     ) -> Tensor:
         """-> [B, T, H, D]."""
-        mask = chosen(index, meta.masks[self.window], self.indexer.chosen_keys)
+        mask = meta.masks[self.window]
+        learns = self.loss is not None and self.loss.step_tokens > 0 and index.q_BTID.requires_grad
+        loss = self.loss if learns else None
+        if loss is None or self.indexer.index_loss == "sparse":
+            mask = chosen(index, mask, self.indexer.index_topk)
         out_BTHD = attend(q_BTHD, k_BSHD, v_BSHD, mask, is_causal=mask is None, scores=self.scores)
-        if self.loss is None or not index.q_BTID.requires_grad:
+        if loss is None:
             return out_BTHD
-        return joined(out_BTHD, self.loss(q_BTHD.detach(), k_BSHD.detach(), index, mask))
+        return joined(out_BTHD, loss(q_BTHD.detach(), k_BSHD.detach(), index, mask))
 
 
 class IndexLoss(nn.Module):
@@ -73,7 +78,7 @@ class IndexLoss(nn.Module):
         # attention weights of this rank's heads [B, C, S] -> of all; a child, so that parallelisms can sum them
         self.all_heads = nn.Identity()
         self.share = 1.0  # of this rank, where others compute the same
-        self.step_tokens = 0  # of all ranks: what the loss is a mean over
+        self.step_tokens = 0  # of all ranks: what the loss is a mean over; 0 = in no step, and no loss
         # sum over tokens of the loss, and tokens
         self.register_buffer("tally", torch.zeros(2, dtype=torch.float64), persistent=False)
 
@@ -82,9 +87,6 @@ class IndexLoss(nn.Module):
         self.tally.zero_()
 
     def forward(self, q_BTHD: Tensor, k_BSHD: Tensor, index: Index, mask: Tensor | None) -> Tensor:
-        assert self.step_tokens, (
-            "the loss is a mean over the step: begin_step must say how many tokens it has"
-        )
         loss, gradients = self.loss_and_gradients(q_BTHD, k_BSHD, Index(*(x.detach() for x in index)), mask)
         tokens = loss.new_full((), q_BTHD.shape[0] * q_BTHD.shape[1])
         seen = self.share * torch.stack((loss, tokens)).double()

@@ -1,9 +1,9 @@
 """Keys, values and last embeddings of running requests, and the children of a model that keep them.
 
 The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
-`CachedCore`, every `SparseCore` by a `CachedSparseCore`, and every `PreviousToken` by a `CachedPrevious`, found by class
-wherever they sit; those of Gated DeltaNet by what states.py has. Another child that looks at earlier tokens needs its
-cached form in `cached_form`.
+`CachedCore`, every `SparseCore` by a `CachedSparseCore` and every `PreviousToken` by a `CachedPrevious`, found by
+class wherever they sit; those of Gated DeltaNet by what states.py has. Another child that looks at earlier tokens needs
+its cached form in `cached_form`.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class CachedSparseCore(CachedCore):
 
     def __init__(self, core: SparseCore, cache: KVCache) -> None:
         super().__init__(core, cache)
-        self.topk, self.index_channels = core.indexer.chosen_keys, core.indexer.index_head_dim
+        self.topk, self.index_channels = core.indexer.index_topk, core.indexer.index_head_dim
         self.index_k: Tensor | None = None
 
     def forward(  # type: ignore[override]

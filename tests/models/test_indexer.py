@@ -142,15 +142,17 @@ def test_without_a_loss_the_indexer_has_no_gradient() -> None:
     assert all(there != name.startswith("indexer.") for name, there in grads.items())
 
 
-def test_evaluation_counts_nothing_and_needs_no_step() -> None:
+def test_evaluation_and_what_is_in_no_step_count_nothing() -> None:
     layer, x = layer_of(), random_input()
-    with torch.no_grad():
-        layer(x, meta_of(layer))
     assert isinstance(layer.core, SparseCore)
     assert layer.core.loss is not None
-    assert not layer.core.loss.tally.any()
-    with pytest.raises(AssertionError, match="begin_step must say"):
+    assert layer.indexer is not None
+    layer(x, meta_of(layer)).sum().backward()
+    layer.core.loss.step_tokens = 34
+    with torch.no_grad():
         layer(x, meta_of(layer))
+    assert not layer.core.loss.tally.any()
+    assert all(parameter.grad is None for parameter in layer.indexer.parameters())
 
 
 def test_a_recomputed_layer_counts_once() -> None:
@@ -181,12 +183,15 @@ def test_a_compiled_layer_is_the_same(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_fewer_keys_than_chosen_are_all_seen() -> None:
-    sparse, dense = layer_of(index_topk=17), layer_of(index_loss="dense")
-    x = random_input()
+def test_fewer_keys_than_chosen_are_all_seen_and_in_warm_up_all_while_training() -> None:
+    whole, sparse, dense = (layer_of(**c) for c in ({"index_topk": 17}, {}, {"index_loss": "dense"}))
+    x, meta = random_input(), meta_of(layer_of())
+    dense.core.loss.step_tokens = 34  # type: ignore[union-attr]
     with torch.no_grad():
-        assert torch.equal(sparse(x, meta_of(sparse)), dense(x, meta_of(dense)))
-        assert not torch.equal(layer_of()(x, meta_of(sparse)), dense(x, meta_of(dense)))
+        assert not torch.equal(whole(x, meta), sparse(x, meta))
+        assert torch.equal(dense(x, meta), sparse(x, meta))
+        expected = whole(x, meta)
+    assert torch.equal(dense(x, meta), expected)
 
 
 def test_a_layer_with_an_indexer_is_found_as_attention() -> None:
