@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import DecoderConfig
@@ -90,19 +91,24 @@ def sizes_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> di
 
 
 def decoder_to_hf(
-    config: DecoderConfig, mixer: AttentionConfig, architecture: str, model_type: str
+    config: DecoderConfig, mixer: AttentionConfig | MlaConfig, architecture: str, model_type: str
 ) -> dict[str, Any]:
     """The keys of config.json that all families write."""
     std = config.init.std
+    heads = mixer.num_attention_heads
+    if isinstance(mixer, AttentionConfig):
+        kv_heads, head_dim = mixer.num_key_value_heads, mixer.head_dim
+    else:
+        kv_heads, head_dim = heads, mixer.qk_rope_head_dim  # so transformers calls what turns
     return {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": mixer.num_attention_heads,
-        "num_key_value_heads": mixer.num_key_value_heads,
-        "head_dim": mixer.head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "rms_norm_eps": config.norm.eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,

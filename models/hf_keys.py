@@ -41,6 +41,15 @@ MLP = {
     for linear in ("gate_proj", "up_proj", "down_proj")
     for part in ("weight", "bias")
 }
+ROUTED = {
+    "mlp.gate.weight": "ffn.router.weight",
+    "mlp.gate.e_score_correction_bias": "ffn.router.expert_bias",
+    **{
+        f"mlp.shared_experts.{linear}.weight": f"ffn.shared_expert.{linear}.weight"
+        for linear in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+"""Of experts in DeepSeek-V3 and those that follow it, but for the experts themselves."""
 LATENT = {
     **{
         f"self_attn.{theirs}.{part}": f"mixer.{ours}.{part}"

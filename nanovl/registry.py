@@ -22,6 +22,9 @@ MODELS = {
     "qwen3_next": "nanovl.models.qwen3_next",
     "qwen3_5": "nanovl.models.qwen3_5",
     "qwen3_5_moe": "nanovl.models.qwen3_5_moe",
+    "deepseek_v3": "nanovl.models.deepseek_v3",
+    "kimi_k2": "nanovl.models.kimi_k2",
+    "glm4_moe": "nanovl.models.glm4_moe",
     "llama3": "nanovl.models.llama3",
     "olmo2": "nanovl.models.olmo2",
     "olmo3": "nanovl.models.olmo3",
@@ -38,6 +41,23 @@ def family(name: str) -> ModelFamily:
         raise ConfigError(f"model.name = {name!r}: no such architecture; {hint}")
     found: ModelFamily = import_module(MODELS[name]).FAMILY
     return found
+
+
+def family_of(architecture: str, model_type: str) -> ModelFamily:
+    """The family of a config.json: by its class, and by `model_type` where families share one. Raises ConfigError."""
+    by_class: dict[str, dict[str, ModelFamily]] = {}
+    for name in MODELS:
+        found = family(name)
+        if found.hf is not None:
+            by_class.setdefault(found.hf.architecture, {})[found.hf.model_type] = found
+    if architecture not in by_class:
+        raise ConfigError(f"{architecture} is none of {', '.join(by_class)}")
+    by_type = by_class[architecture]
+    if len(by_type) == 1:
+        return next(iter(by_type.values()))
+    if model_type not in by_type:
+        raise ConfigError(f"model_type = {model_type!r}: {architecture} wants {' or '.join(by_type)}")
+    return by_type[model_type]
 
 
 def sizes() -> list[str]:

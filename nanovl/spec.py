@@ -98,6 +98,8 @@ class HuggingFaceSpec:
     config_to_hf: Callable[[Any], dict[str, Any]]
     key_rules: Callable[[Any], Sequence[KeyRule | KeyGroup]]
     """The key map of one config; tied weights are listed once, under the name on disk."""
+    model_type: str = ""
+    """`model_type` in config.json, which tells families of one class apart; "" where the class has one family."""
 
 
 @dataclass(frozen=True)

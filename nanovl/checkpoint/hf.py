@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.mesh import copy_full
-from nanovl.registry import MODELS, family
+from nanovl.registry import family_of
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelSpec
 
 
@@ -25,20 +25,13 @@ def spec_of_directory(folder: Path) -> ModelSpec:
         architecture = config["architectures"][0]
     except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json: names no architecture: {error!r}") from None
-    known = {}
-    for name in MODELS:
-        found = family(name)
-        if found.hf is not None:
-            known[found.hf.architecture] = found
-    if architecture not in known:
-        raise CheckpointError(f"{folder}/config.json: {architecture} is none of {', '.join(known)}")
-    found = known[architecture]
     try:
+        found = family_of(architecture, config.get("model_type", ""))
         return ModelSpec(found, _hf(found.hf).config_from_hf(config))
     except KeyError as error:
         raise CheckpointError(f"{folder}/config.json: has no {error}") from None
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

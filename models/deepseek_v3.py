@@ -1,0 +1,310 @@
+"""DeepSeek-V3 (arXiv:2412.19437), also R1; and Moonlight, which has no latent of queries and no groups.
+
+Different from Llama: keys and values come from one latent a token (models/blocks/mla.py), YaRN also sharpens the
+softmax; behind a few dense layers every MLP is experts, chosen by sigmoid scores and a bias that evens their loads out
+instead of a loss, from the best groups, beside a shared one; weights begin with deviation 0.006.
+
+Checkpoints turn neighbouring channels; rows are permuted when they are read. `e_score_correction_bias`, a buffer, is
+our router's `expert_bias`: it goes on moving by `bias_update_speed` in training, 0 freezes it. Layers behind the last,
+which predict a second token, have no counterpart here, and a checkpoint that has them is refused.
+
+Unverified, for want of the released files: Moonlight's eps (1e-6 is the class's; public copies differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionConfig
+from nanovl.models.blocks.init import InitConfig
+from nanovl.models.blocks.mla import MlaConfig
+from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.moe import MoeConfig
+from nanovl.models.blocks.norm import NormConfig
+from nanovl.models.blocks.rope import RopeConfig, RopeScaling
+from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
+from nanovl.models.hf_config import decoder_to_hf, expect, rope_from_hf, rope_to_hf, same_or_refuse
+from nanovl.models.hf_keys import MLP, ROUTED, decoder_rules, expert_rules, latent_rules
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+INIT = InitConfig(std=0.006)
+LATENT = (
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+"""Sizes of latent attention, there and here."""
+
+
+def first_dense(
+    mixer: AttentionConfig | MlaConfig,
+    moe: MoeConfig,
+    *,
+    layers: int,
+    dense_layers: int,
+    hidden: int,
+    ffn: int,
+    vocab: int,
+    eps: float = 1e-6,
+    context: int,
+    tie: bool = False,
+    init: InitConfig = INIT,
+) -> DecoderConfig:
+    """A decoder whose first `dense_layers` have an MLP of width `ffn`, and the others experts."""
+    return DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        blocks={
+            "dense": BlockConfig(mixer=mixer, ffn=MlpConfig(intermediate_size=ffn)),
+            "moe": BlockConfig(mixer=replace(mixer), ffn=moe),
+        },
+        prefix=["dense"] * dense_layers,
+        pattern=["moe"],
+        norm=NormConfig(eps=eps, cast_before_scale=True),
+        tie_word_embeddings=tie,
+        max_position_embeddings=context,
+        init=replace(init),
+    )
+
+
+def experts(
+    count: int,
+    active: int,
+    width: int,
+    *,
+    shared: int = 1,
+    groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+    normed: bool = True,
+) -> MoeConfig:
+    """Experts of `width`, and one `shared` times as wide that every token goes through."""
+    return MoeConfig(
+        num_experts=count,
+        num_experts_per_tok=active,
+        moe_intermediate_size=width,
+        scoring="sigmoid",
+        norm_topk_prob=normed,
+        routed_scaling_factor=scale,
+        n_group=groups,
+        topk_group=topk_groups,
+        shared_expert_intermediate_size=shared * width,
+        load_balancing="bias",
+    )
+
+
+def latent(heads: int, rope: RopeConfig, *, q_rank: int | None = 1536) -> MlaConfig:
+    """Latent attention of the released sizes."""
+    return MlaConfig(
+        num_attention_heads=heads,
+        q_lora_rank=q_rank,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope=rope,
+    )
+
+
+def small_latent(rope: RopeConfig) -> MlaConfig:
+    """The same, small."""
+    return MlaConfig(
+        num_attention_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        rope=rope,
+    )
+
+
+def yarn(factor: float, original: int, *, theta: float = 1e4, beta_fast: float = 32.0) -> RopeConfig:
+    """YaRN whose sharpening is all in the softmax's scale."""
+    scaling = RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=beta_fast,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    )
+    return RopeConfig(theta=theta, scaling=scaling)
+
+
+FLAVORS = {
+    "671b-a37b": lambda: first_dense(
+        latent(128, yarn(40.0, 4096)),
+        experts(256, 8, 2048, groups=8, topk_groups=4, scale=2.5),
+        layers=61,
+        dense_layers=3,
+        hidden=7168,
+        ffn=18432,
+        vocab=129280,
+        context=163840,
+    ),
+    # Moonlight
+    "16b-a3b": lambda: first_dense(
+        latent(16, RopeConfig(theta=5e4), q_rank=None),
+        experts(64, 6, 1408, shared=2, scale=2.446),
+        layers=27,
+        dense_layers=1,
+        hidden=2048,
+        ffn=11264,
+        vocab=163840,
+        context=8192,
+    ),
+    "debug": lambda: first_dense(
+        small_latent(yarn(4.0, 32)),
+        experts(8, 2, 32, groups=4, topk_groups=2, scale=2.5),
+        layers=4,
+        dense_layers=1,
+        hidden=64,
+        ffn=128,
+        vocab=512,
+        context=128,
+    ),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+    expect(hf, "deepseek_v3", rope_interleave=True)
+    sizes = {key: hf[key] for key in LATENT}
+    mixer = MlaConfig(**sizes, rope=rope_from_hf(hf), bias=hf.get("attention_bias", False))
+    return first_dense_from_hf(hf, "deepseek_v3", mixer, INIT)
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of `config`. Raises ConfigError where DeepseekV3ForCausalLM cannot say the same."""
+    mixer = config.blocks["moe"].mixer if "moe" in config.blocks else None
+    if not isinstance(mixer, MlaConfig):
+        raise ConfigError(f"model.blocks.moe.mixer: wants kind = 'mla', as {ARCHITECTURE} has")
+    sizes = {key: getattr(mixer, key) for key in LATENT}
+    plain = MlaConfig(**sizes, rope=mixer.rope, bias=mixer.bias)
+    return {
+        **first_dense_to_hf(config, plain, ARCHITECTURE, "deepseek_v3"),
+        **sizes,
+        "attention_bias": mixer.bias,
+    }
+
+
+def first_dense_from_hf(
+    hf: Mapping[str, Any], family: str, mixer: AttentionConfig | MlaConfig, init: InitConfig
+) -> DecoderConfig:
+    """The config of a config.json of these families, but for its mixer. Raises ConfigError."""
+    expect(hf, family, hidden_act="silu", moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
+    moe = experts(
+        hf["n_routed_experts"],
+        hf["num_experts_per_tok"],
+        hf["moe_intermediate_size"],
+        shared=hf["n_shared_experts"],
+        groups=hf["n_group"],
+        topk_groups=hf["topk_group"],
+        scale=hf["routed_scaling_factor"],
+        normed=hf["norm_topk_prob"],
+    )
+    return first_dense(
+        mixer,
+        moe,
+        layers=hf["num_hidden_layers"],
+        dense_layers=min(hf["first_k_dense_replace"], hf["num_hidden_layers"]),
+        hidden=hf["hidden_size"],
+        ffn=hf["intermediate_size"],
+        vocab=hf["vocab_size"],
+        eps=hf["rms_norm_eps"],
+        context=hf["max_position_embeddings"],
+        tie=hf.get("tie_word_embeddings", False),
+        init=init,
+    )
+
+
+def first_dense_to_hf(
+    config: DecoderConfig, mixer: AttentionConfig | MlaConfig, architecture: str, model_type: str
+) -> dict[str, Any]:
+    """The config.json of `config`, but for its mixer. Raises ConfigError where it cannot say the same."""
+    ffn, moe = parts(config, architecture)
+    names = config.layer_names()
+    dense_layers = names.count("dense")
+    if names != ["dense"] * dense_layers + ["moe"] * (len(names) - dense_layers):
+        raise ConfigError(f"model.pattern: {architecture} has its dense layers first")
+    shared = moe.shared_expert_intermediate_size // moe.moe_intermediate_size
+    plain = first_dense(
+        mixer,
+        experts(
+            moe.num_experts,
+            moe.num_experts_per_tok,
+            moe.moe_intermediate_size,
+            shared=max(shared, 1),
+            groups=moe.n_group,
+            topk_groups=moe.topk_group,
+            scale=moe.routed_scaling_factor,
+            normed=moe.norm_topk_prob,
+        ),
+        layers=config.num_hidden_layers,
+        dense_layers=dense_layers,
+        hidden=config.hidden_size,
+        ffn=ffn.intermediate_size,
+        vocab=config.vocab_size,
+        eps=config.norm.eps,
+        context=config.max_position_embeddings,
+        tie=config.tie_word_embeddings,
+    )
+    same_or_refuse(config, plain, architecture)
+    return {
+        **decoder_to_hf(config, mixer, architecture, model_type),
+        **rope_to_hf(mixer.rope),
+        "hidden_act": "silu",
+        "intermediate_size": ffn.intermediate_size,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "first_k_dense_replace": dense_layers,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": shared,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "n_group": moe.n_group,
+        "topk_group": moe.topk_group,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def parts(config: DecoderConfig, architecture: str) -> tuple[MlpConfig, MoeConfig]:
+    """The MLPs of the two templates. Raises ConfigError where there are others."""
+    dense, moe = (config.blocks[name].ffn if name in config.blocks else None for name in ("dense", "moe"))
+    if not isinstance(dense, MlpConfig) or not isinstance(moe, MoeConfig):
+        raise ConfigError(
+            f"model.blocks: wants `dense`, with an mlp, and `moe`, with a moe, as {architecture} has"
+        )
+    return dense, moe
+
+
+def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
+    """The key map."""
+    mixer = config.blocks["moe"].mixer
+    assert isinstance(mixer, MlaConfig)
+    moe = parts(config, ARCHITECTURE)[1]
+    return [
+        *decoder_rules(config, {**MLP, **ROUTED}),
+        *latent_rules(mixer),
+        *expert_rules(moe.num_experts),
+    ]
+
+
+FAMILY = ModelFamily(
+    name="deepseek_v3",
+    summary="DeepSeek-V3: latent attention, 8 of 256 experts by sigmoid and groups, balanced by a bias, a shared one",
+    config=DecoderConfig,
+    flavors=FLAVORS,
+    model=Decoder,
+    optimizer_groups=adamw_groups,
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v3"),
+)
