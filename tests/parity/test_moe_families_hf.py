@@ -22,6 +22,21 @@ from hf_pairs import (
     yarn,
 )
 
+SIGMOID = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+HALF = rope(1e6, partial_rotary_factor=0.5)
 FAMILIES = {
     "qwen3_moe": HfFamily(
         "Qwen3Moe",
@@ -43,6 +58,76 @@ FAMILIES = {
             },
         },
         {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": HfFamily(
+        "DeepseekV3",
+        {
+            "yarn": {"rope_parameters": yarn(1e4, mscale=1.0, mscale_all_dim=1.0)},
+            "moonlight": {
+                "q_lora_rank": None,
+                "n_group": 1,
+                "topk_group": 1,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 3,
+                "routed_scaling_factor": 2.446,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": rope(5e4),
+            },
+            "biased": {
+                "attention_bias": True,
+                "norm_topk_prob": False,
+                "first_k_dense_replace": 0,
+                "tie_word_embeddings": True,
+                "rope_parameters": yarn(1e4, mscale=0.7, mscale_all_dim=0.5),
+            },
+            "mostly dense": {
+                "first_k_dense_replace": 3,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 6,
+                "qk_rope_head_dim": 12,
+                "n_group": 2,
+                "topk_group": 1,
+                "num_experts_per_tok": 4,
+                "rope_parameters": yarn(1e4),
+            },
+        },
+        {**LATENT, **SIGMOID, "n_group": 4, "topk_group": 2},
+    ),
+    "kimi_k2": HfFamily(
+        "DeepseekV3",
+        {
+            "instruct": {"rope_parameters": yarn(5e4, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0)},
+            "later": {
+                "rope_parameters": yarn(5e4, factor=64.0, mscale=1.0, mscale_all_dim=1.0),
+                "n_routed_experts": 12,
+                "num_experts_per_tok": 4,
+                "rms_norm_eps": 1e-5,
+            },
+        },
+        {**LATENT, **SIGMOID, "routed_scaling_factor": 2.827, "n_group": 1, "topk_group": 1},
+        says={"model_type": "kimi_k2"},
+    ),
+    "glm4_moe": HfFamily(
+        "Glm4Moe",
+        {
+            "air": {"attention_bias": True, "rope_parameters": HALF, "rms_norm_eps": 1e-5},
+            "normed": {
+                "attention_bias": True,
+                "use_qk_norm": True,
+                "first_k_dense_replace": 2,
+                "num_key_value_heads": 1,
+                "n_shared_experts": 2,
+                "rope_parameters": HALF,
+            },
+            "groups": {
+                "n_group": 4,
+                "topk_group": 2,
+                "norm_topk_prob": False,
+                "tie_word_embeddings": True,
+                "rope_parameters": rope(1e4, partial_rotary_factor=0.25),
+            },
+        },
+        {**SIGMOID, "head_dim": 16, "first_k_dense_replace": 1},
     ),
 }
 
