@@ -202,6 +202,8 @@ def first_dense_from_hf(
 ) -> DecoderConfig:
     """The config of a config.json of these families, but for its mixer. Raises ConfigError."""
     expect(hf, family, hidden_act="silu", moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
+    if not hf["n_shared_experts"]:
+        raise ConfigError(f"n_shared_experts = {hf['n_shared_experts']} in config.json: wants 1 or more")
     moe = experts(
         hf["n_routed_experts"],
         hf["num_experts_per_tok"],

@@ -90,8 +90,10 @@ def _shrunk_fields(config: Any, job: Job, seq_len: int, layers: int) -> Any:
         elif field.name.endswith("intermediate_size") and isinstance(value, int) and value > 0:
             changes[field.name] = 16 * p.tensor_parallel_degree
         elif field.name == "num_experts":
-            wanted = (p.expert_parallel_degree, getattr(config, "n_group", 1) or 1)
-            changes[field.name] = _smallest(value, wanted, max(4, config.num_experts_per_tok))
+            # a token's experts are all in the groups that it may choose from
+            active = config.num_experts_per_tok * config.n_group // config.topk_group
+            wanted = (p.expert_parallel_degree, config.n_group)
+            changes[field.name] = _smallest(value, wanted, max(4, active))
         elif field.name == "sliding_window" and value:
             changes[field.name] = min(value, seq_len // 4)
         elif field.name == "max_position_embeddings":

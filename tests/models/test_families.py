@@ -8,7 +8,7 @@ import torch
 from nanovl.config.schema import Job, Model, Parallelism, Tokenizer, Training
 from nanovl.errors import ConfigError
 from nanovl.models.decoder import DecoderConfig
-from nanovl.registry import family, resolve_model, spec_from_dict, spec_to_dict
+from nanovl.registry import family, family_of, resolve_model, spec_from_dict, spec_to_dict
 from nanovl.shrink import shrink
 
 COUNTS = {
@@ -34,6 +34,13 @@ COUNTS = {
     ("gemma3", "4b"): 3_880_263_168,
     ("gemma3", "12b"): 11_766_034_176,
     ("gemma3", "27b"): 27_009_346_304,
+    ("qwen3_moe", "30b-a3b"): 30_532_122_624,
+    ("qwen3_moe", "235b-a22b"): 235_093_634_560,
+    ("deepseek_v3", "671b-a37b"): 671_026_404_352,
+    ("deepseek_v3", "16b-a3b"): 15_960_108_544,
+    ("kimi_k2", "1t-a32b"): 1_026_408_209_408,
+    ("glm4_moe", "106b-a12b"): 106_852_245_504,
+    ("glm4_moe", "355b-a32b"): 352_797_814_784,
 }
 """Parameters of the same sizes built by transformers; see tests/parity/test_flavors_hf.py."""
 NAMES = sorted({name for name, _ in COUNTS})
@@ -95,6 +102,13 @@ def test_shrunk_released_sizes_still_build(name: str) -> None:
     model(torch.randint(0, config.vocab_size, (1, small.training.seq_len)))
 
 
+def test_shrunk_groups_still_hold_a_tokens_experts() -> None:
+    groups = {"blocks": {"moe": {"ffn": {"n_group": 2, "topk_group": 1}}}}
+    job = Job(model=Model(name="kimi_k2", overrides=groups), tokenizer=Tokenizer(vocab_size=163840))
+    small = shrink(job, resolve_model(job.model, 163840).config, 1)
+    assert resolve_model(small.model, small.tokenizer.vocab_size).config.blocks["moe"].ffn.num_experts == 16
+
+
 @pytest.mark.parametrize(
     ("name", "block", "change", "message"),
     [
@@ -104,6 +118,11 @@ def test_shrunk_released_sizes_still_build(name: str) -> None:
         ("olmo3", "full", {"sliding_window": 9}, r"blocks\.full\.mixer\.sliding_window = 9"),
         ("smollm3", "nope", {"sliding_window": 9}, r"blocks\.nope\.mixer\.sliding_window = 9"),
         ("gemma3", "sliding", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("qwen3_moe", "full", {"qk_norm": "none"}, r"blocks\.full\.mixer\.qk_norm = 'none'"),
+        ("deepseek_v3", "dense", {"v_head_dim": 8}, r"dense\.mixer\.v_head_dim = 8: .* has 16 there"),
+        ("deepseek_v3", "moe", {"sliding_window": 9}, r"blocks\.moe\.mixer\.sliding_window = 9"),
+        ("kimi_k2", "moe", {"latent_norm_eps": 1e-5}, "latent_norm_eps = 1e-05: .* has 1e-06 there"),
+        ("glm4_moe", "moe", {"o_bias": True}, r"blocks\.moe\.mixer\.o_bias = True"),
     ],
 )
 def test_what_transformers_cannot_say_is_refused(
@@ -116,6 +135,69 @@ def test_what_transformers_cannot_say_is_refused(
     config.blocks[block].mixer = replace(config.blocks[block].mixer, **change)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
         found.hf.config_to_hf(config)
+
+
+MOE_CHANGES: list[tuple[str, str, dict[str, object], str]] = [
+    ("qwen3_moe", "full", {"scoring": "sigmoid"}, r"full\.ffn\.scoring = 'sigmoid': .* has 'softmax' there"),
+    (
+        "deepseek_v3",
+        "moe",
+        {"load_balancing": "none"},
+        r"moe\.ffn\.load_balancing = 'none': cannot be written",
+    ),
+    ("deepseek_v3", "moe", {"shared_expert_intermediate_size": 48}, "size = 48: .* has 32 there"),
+    ("glm4_moe", "moe", {"shared_expert_intermediate_size": 0}, "size = 0: .* has 32 there"),
+]
+
+
+@pytest.mark.parametrize(("name", "block", "change", "message"), MOE_CHANGES)
+def test_experts_that_transformers_cannot_say_are_refused(
+    name: str, block: str, change: dict[str, object], message: str
+) -> None:
+    found, config = family(name), debug(name)
+    assert found.hf is not None
+    config.blocks[block].ffn = replace(config.blocks[block].ffn, **change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        found.hf.config_to_hf(config)
+
+
+def test_other_templates_than_those_of_transformers_are_refused() -> None:
+    qwen, deepseek, glm = (family(name).hf for name in ("qwen3_moe", "deepseek_v3", "glm4_moe"))
+    assert qwen is not None
+    assert deepseek is not None
+    assert glm is not None
+    with pytest.raises(ConfigError, match="wants `full`, of attention and moe, as Qwen3MoeForCausalLM"):
+        qwen.config_to_hf(debug("qwen3"))
+    with pytest.raises(ConfigError, match="wants kind = 'mla', as DeepseekV3ForCausalLM has"):
+        deepseek.config_to_hf(debug("glm4_moe"))
+    with pytest.raises(ConfigError, match="wants kind = 'attention', as Glm4MoeForCausalLM has"):
+        glm.config_to_hf(debug("deepseek_v3"))
+    config = debug("deepseek_v3")
+    config.prefix, config.suffix = [], ["dense"]
+    with pytest.raises(ConfigError, match="DeepseekV3ForCausalLM has its dense layers first"):
+        deepseek.config_to_hf(config)
+    config.blocks["dense"].ffn = config.blocks["moe"].ffn
+    with pytest.raises(ConfigError, match="wants `dense`, with an mlp, and `moe`, with a moe"):
+        deepseek.config_to_hf(config)
+
+
+def test_families_of_one_class_are_told_apart_by_model_type() -> None:
+    assert family_of("DeepseekV3ForCausalLM", "kimi_k2").name == "kimi_k2"
+    assert family_of("DeepseekV3ForCausalLM", "deepseek_v3").name == "deepseek_v3"
+    assert family_of("Qwen3ForCausalLM", "").name == "qwen3"
+    with pytest.raises(
+        ConfigError, match="model_type = 'k3': DeepseekV3ForCausalLM wants deepseek_v3 or kimi_k2"
+    ):
+        family_of("DeepseekV3ForCausalLM", "k3")
+    with pytest.raises(ConfigError, match="Foo is none of"):
+        family_of("Foo", "")
+    kimi = family("kimi_k2")
+    assert kimi.hf is not None
+    said = kimi.hf.config_to_hf(debug("kimi_k2"))
+    back = family_of(said["architectures"][0], said["model_type"])
+    assert back.name == "deepseek_v3"  # the type that transformers knows
+    assert back.hf is not None
+    assert back.hf.config_from_hf(said) == debug("kimi_k2")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +215,10 @@ def test_what_transformers_cannot_say_is_refused(
             "truncate = false",
         ),
         ("olmo3", {"rope_parameters": None, "rope_theta": 12345}, "of which layers"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False"),
+        ("deepseek_v3", {"scoring_func": "softmax", "topk_method": "greedy"}, "topk_method = 'greedy'"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts = 0 in config.json: wants 1 or more"),
     ],
 )
 def test_what_is_not_computed_here_is_refused(name: str, change: dict[str, object], message: str) -> None:
