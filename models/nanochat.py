@@ -1,6 +1,6 @@
-"""nanochat as of July 2026, the one family with a forward of its own.
+"""nanochat from January 2026 on, the one family with a forward of its own; nanochat_config.py lists its eras.
 
-Different from nanochat_v1, in the order of the forward pass:
+Different from nanochat_v1, in the order of the forward pass, as of July 2026:
   smear              x_t += lambda * sigmoid(gate(x_t[:24])) * x_(t-1) after the embedding's norm
   residual lambdas   before block i:  x = a_i x + b_i x0, with x0 the smeared embedding
   value embeddings   on every second layer, the last always: v += 3 sigmoid(gate(x[:12])) * table[token]
@@ -8,7 +8,8 @@ Different from nanochat_v1, in the order of the forward pass:
   sliding windows    pattern SSSL, the last layer long
   sharper attention  q and k times 1.2 after their norm
   backout            before the final norm: x -= lambda * (x after the middle block)
-Size is one number, the depth; every constant is a field.
+Size is one number, the depth; every constant is a field. A flavor is a depth (`d12`), or a depth as of a day
+(`d26@2026-01-18`): the sizes and constants of that day's model. Learning rates are those of July 2026 for all.
 
 Smear looks back over a document's start only where the row is one document; packed documents equal separate ones.
 """
@@ -16,7 +17,7 @@ Smear looks back over a document's start only where the row is one document; pac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 
@@ -24,159 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from nanovl.config.schema import OptimizerGroup
-from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, MetaBuilder, raise_if
+from nanovl.models.blocks.attention import Attention, AttentionMeta, MetaBuilder
 from nanovl.models.blocks.head import Head
-from nanovl.models.blocks.mlp import Mlp, MlpConfig
+from nanovl.models.blocks.mlp import Mlp
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
-from nanovl.models.blocks.rope import RopeConfig
-from nanovl.models.decoder import BlockConfig, attention_layers, flops_per_token
-from nanovl.spec import Cut, Inputs, Model, ModelFamily, Stream, TensorPlan
+from nanovl.models.decoder import attention_layers, flops_per_token
+from nanovl.models.nanochat_config import ERAS, NanochatConfig
+from nanovl.models.nanochat_files import config_from_meta, key_rules
+from nanovl.spec import Cut, Inputs, Model, ModelFamily, NanochatSpec, Stream, TensorPlan
 
 # B batch, T tokens, D model channels (head channels in q, k, v), H heads, K key/value heads, V vocabulary
-
-
-@dataclass(kw_only=True)
-class NanochatConfig:
-    vocab_size: int = 32768
-    """Entries of the vocabulary; tables are padded to `vocab_multiple`."""
-    vocab_multiple: int = 64
-    """Rows of every vocabulary table come in this multiple."""
-    depth: int = 20
-    """Layers; the one dial."""
-    aspect_ratio: int = 64
-    """Channels a layer of depth, before rounding up to whole heads."""
-    head_dim: int = 128
-    """Channels a head."""
-    num_key_value_heads: int = 0
-    """Key and value heads; 0 = as many as query heads."""
-    max_position_embeddings: int = 2048
-    """Context, tokens; the short window derives from it."""
-    window_pattern: str = "SSSL"
-    """Short and long layers, tiled; the last layer is always long."""
-    short_window_divisor: int = 4
-    """Short window = context / this, rounded up to `short_window_multiple`, plus the token itself."""
-    short_window_multiple: int = 128
-    """Tokens the short window is rounded up to."""
-    rope_theta: float = 100_000.0
-    """Base of the rotation."""
-    norm_eps: float = 1.1920929e-07
-    """Epsilon of every norm: float32's own, as torch uses where none is given."""
-    qk_scale: float = 1.2
-    """Factor on normed queries and keys."""
-    mlp_ratio: int = 4
-    """MLP width / model width."""
-    softcap: float = 15.0
-    """Logits become cap * tanh(logits / cap)."""
-    smear: bool = True
-    """Mix the previous token's embedding in."""
-    smear_channels: int = 24
-    """Channels its gate reads."""
-    value_embeddings: bool = True
-    """Token tables added to the values of alternating layers."""
-    value_gate_channels: int = 12
-    """Channels their gate reads."""
-    value_gate_scale: float = 3.0
-    """Largest gate."""
-    residual_lambdas: bool = True
-    """Learned weights of the stream and of the embedding before each block."""
-    backout: bool = True
-    """Subtract the middle of the stream at the end."""
-    backout_init: float = 0.2
-    """Its initial weight."""
-    embedding_std: float = 0.8
-    """Initial standard deviation of the embedding."""
-    head_std: float = 0.001
-    """Initial standard deviation of the head."""
-    mlp_init_scale: float = 0.4
-    """Initial up_proj relative to the attention matrices."""
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.depth
-
-    @property
-    def hidden_size(self) -> int:
-        return -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.hidden_size // self.head_dim
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def short_window(self) -> int:
-        """Keys a short layer sees, itself included (FlashAttention's (W, 0) shows W + 1)."""
-        span = -(-self.max_position_embeddings // self.short_window_divisor)
-        return -(-span // self.short_window_multiple) * self.short_window_multiple + 1
-
-    def window(self, layer: int) -> int | None:
-        """Keys that `layer` sees; None = all."""
-        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer != self.depth - 1
-        return self.short_window if short else None
-
-    def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer counted back from the last."""
-        return self.value_embeddings and layer % 2 == (self.depth - 1) % 2
-
-    @property
-    def blocks(self) -> dict[str, BlockConfig]:
-        """Short and long layers, as templates: what is left out of them stands in the fields above."""
-        return {
-            self.layer_name(i): BlockConfig(mixer=self.attention(i), ffn=self.ffn) for i in range(self.depth)
-        }
-
-    def layer_name(self, layer: int) -> str:
-        """long, short, long_ve, short_ve: its window, and whether it has value embeddings."""
-        reach = "long" if self.window(layer) is None else "short"
-        return f"{reach}_ve" if self.has_value_embedding(layer) else reach
-
-    def layer_names(self) -> list[str]:
-        """The template of each layer."""
-        return [self.layer_name(layer) for layer in range(self.depth)]
-
-    @property
-    def ffn(self) -> MlpConfig:
-        return MlpConfig(intermediate_size=self.mlp_ratio * self.hidden_size, activation="relu2", gated=False)
-
-    def attention(self, layer: int) -> AttentionConfig:
-        return AttentionConfig(
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim,
-            rope=RopeConfig(theta=self.rope_theta),
-            sliding_window=self.window(layer),
-            qk_norm="head",
-            qk_norm_after_rope=True,
-            qk_norm_weight=False,
-        )
-
-    def validate(self) -> None:
-        """Raises ConfigError with everything that does not fit together."""
-        positive = (
-            "vocab_size",
-            "vocab_multiple",
-            "depth",
-            "aspect_ratio",
-            "head_dim",
-            "max_position_embeddings",
-            "mlp_ratio",
-        )
-        wrong = [
-            f"{key} = {getattr(self, key)}: wants a number above 0"
-            for key in positive
-            if getattr(self, key) <= 0
-        ]
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            wrong.append(f"window_pattern = {self.window_pattern!r}: wants letters S (short) and L (long)")
-        if not wrong:
-            for key in ("smear_channels", "value_gate_channels"):
-                if not 0 < getattr(self, key) <= self.hidden_size:
-                    wrong.append(f"{key} = {getattr(self, key)}: wants 1 to hidden_size = {self.hidden_size}")
-            wrong += self.attention(0).mistakes()
-        raise_if(wrong)
 
 
 class PreviousToken(nn.Module):
@@ -321,25 +179,27 @@ class Nanochat(Model):
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         """Uniform matrices of deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
-        bound = sqrt(3.0 / self.config.hidden_size)
+        config, bound = self.config, sqrt(3.0 / self.config.hidden_size)
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        if name.endswith(("blend.stream", "blend.embedding")):
-            first, last = (1.15, 1.05) if leaf == "stream" else (0.20, 0.05)
-            full.copy_(torch.linspace(first, last, self.config.depth)[int(name.split(".")[1])])
+        lambdas = {
+            "stream": (config.stream_init, config.stream_init_last),
+            "embedding": (config.x0_init, config.x0_init_last),
+        }
+        if leaf in lambdas:
+            full.copy_(torch.linspace(*lambdas[leaf], config.depth)[int(name.split(".")[1])])
         elif leaf in ("o_proj", "down_proj") or name == "smear.scale":
             full.zero_()
         elif leaf in ("q_proj", "k_proj", "v_proj", "value_embed"):
             full.uniform_(-bound, bound, generator=generator)
         elif leaf == "up_proj":
-            full.uniform_(
-                -bound * self.config.mlp_init_scale, bound * self.config.mlp_init_scale, generator=generator
-            )
+            bound *= config.mlp_init_scale
+            full.uniform_(-bound, bound, generator=generator)
         elif leaf in ("value_gate", "gate"):
-            full.uniform_(0.0, 0.02, generator=generator)
+            full.uniform_(0.0, config.gate_init, generator=generator)
         elif name == "backout.scale":
-            full.fill_(self.config.backout_init)
+            full.fill_(config.backout_init)
         else:
-            std = {"embed_tokens": self.config.embedding_std, "lm_head": self.config.head_std}[leaf]
+            std = {"embed_tokens": config.embedding_std, "lm_head": config.head_std}[leaf]
             full.normal_(0.0, std, generator=generator)
 
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
@@ -348,60 +208,44 @@ class Nanochat(Model):
 
 def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
     """AdamW for tables and scalars, Muon for the matrices of blocks; learning rates of the depth-12 reference."""
-    group = OptimizerGroup
-    return [
-        group(
-            match=r"lm_head\.weight",
-            lr=0.008,
-            beta1=0.8,
-            beta2=0.96,
-            weight_decay=0.01,
-            scale_with_width=True,
-        ),
-        group(
-            match=r"embed_tokens\.weight",
-            lr=0.3,
-            beta1=0.8,
-            beta2=0.995,
-            weight_decay=0.001,
-            scale_with_width=True,
-        ),
-        group(
-            match=r".*\.value_embed\.weight",
-            lr=0.15,
-            beta1=0.8,
-            beta2=0.995,
-            weight_decay=0.01,
-            scale_with_width=True,
-        ),
-        group(match=r".*\.blend\.stream", lr=0.005, beta1=0.8, beta2=0.95, weight_decay=0.05),
-        group(match=r".*\.blend\.embedding", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
-        group(
-            match=r"smear\..*|backout\.scale",
-            lr=0.2,
-            beta1=0.8,
-            beta2=0.95,
-            weight_decay=0.0,
-            scale_with_batch=False,
-        ),
-        group(
-            match=r"layers\..*\.weight",
-            kind="muon",
-            lr=0.02,
-            weight_decay=0.28,
-            weight_decay_schedule="cosine",
-        ),
+    group = partial(OptimizerGroup, beta1=0.8)
+    table = partial(group, scale_with_width=True)
+    groups = [
+        table(match=r"lm_head\.weight", lr=0.008, beta2=0.96, weight_decay=0.01),
+        table(match=r"embed_tokens\.weight", lr=0.3, beta2=0.995, weight_decay=0.001),
     ]
+    if config.value_embeddings:
+        groups.append(table(match=r".*\.value_embed\.weight", lr=0.15, beta2=0.995, weight_decay=0.01))
+    if config.residual_lambdas:
+        groups += [
+            group(match=r".*\.blend\.stream", lr=0.005, beta2=0.95, weight_decay=0.05),
+            group(match=r".*\.blend\.embedding", lr=0.5, beta1=0.96, beta2=0.95, weight_decay=0.0),
+        ]
+    if config.smear or config.backout:
+        few = r"smear\..*|backout\.scale"
+        groups.append(group(match=few, lr=0.2, beta2=0.95, weight_decay=0.0, scale_with_batch=False))
+    muon = partial(OptimizerGroup, kind="muon", lr=0.02, weight_decay=0.28)
+    return [*groups, muon(match=r"layers\..*\.weight", weight_decay_schedule="cosine")]
 
+
+FLAVORS: dict[str, Callable[[], NanochatConfig]] = {
+    **{
+        f"d{depth}": partial(NanochatConfig, depth=depth)
+        for depth in (20, 4, 6, 8, 10, 12, 14, 16, 18, 24, 26, 32)
+    },
+    **{
+        f"d{depth}@{day}": partial(NanochatConfig, depth=depth, **fields)
+        for day, fields in ERAS.items()
+        for depth in (12, 20, 24, 26)
+    },
+}
 
 FAMILY = ModelFamily(
     name="nanochat",
     summary="nanochat, July 2026: smear, residual lambdas, value embeddings, sliding windows, backout; one dial, depth",
     config=NanochatConfig,
-    flavors={
-        f"d{depth}": partial(NanochatConfig, depth=depth)
-        for depth in (20, 4, 6, 8, 10, 12, 14, 16, 18, 24, 26, 32)
-    },
+    flavors=FLAVORS,
     model=Nanochat,
     optimizer_groups=optimizer_groups,
+    nanochat=NanochatSpec(config_from_meta, key_rules),
 )

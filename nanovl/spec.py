@@ -103,6 +103,17 @@ class HuggingFaceSpec:
 
 
 @dataclass(frozen=True)
+class NanochatSpec:
+    """How a family's checkpoints look to nanochat's own code: `model_*.pt` beside `meta_*.json`."""
+
+    config_from_meta: Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], Any | None]
+    """(meta file, shapes of the tensors by name) -> config; None where the tensors are those of another family."""
+    key_rules: Callable[[Any], Sequence[KeyRule | KeyGroup]]
+    config_to_meta: Callable[[Any], dict[str, Any]] | None = None
+    """config -> `model_config` of a meta file; None where such files are only read."""
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """One entry of the registry, written at the end of each family's file."""
 
@@ -119,6 +130,8 @@ class ModelFamily:
     """Parameter groups used where the job names none."""
     hf: HuggingFaceSpec | None = None
     """None where transformers has no such class."""
+    nanochat: NanochatSpec | None = None
+    """None where nanochat never was of this kind."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tokenizers import Regex, pre_tokenizers
 from nanovl.errors import ConfigError
 from nanovl.tokenizer.files import (
     CONFIG_FILE,
+    PICKLE_FILE,
     TOKENIZER_FILE,
     bytes_of,
     chars_of,
@@ -148,9 +149,14 @@ AnyTokenizer: TypeAlias = Tokenizer | ForeignTokenizer
 def load_tokenizer(folder: str | Path) -> AnyTokenizer:
     """The tokenizer in `folder`: ours where its file is as we write it, else one of the `tokenizers` library.
 
-    Raises ConfigError naming the file that is missing or not understood.
+    A folder of nanochat has a tokenizer.pkl instead. Raises ConfigError naming the file that is missing or not
+    understood.
     """
     file = Path(folder) / TOKENIZER_FILE
+    if not file.exists() and (pickled := Path(folder) / PICKLE_FILE).is_file():
+        from nanovl.tokenizer.nanochat_pickle import read_pickled
+
+        return read_pickled(pickled)
     merges = _own_merges(parse_object(read_text(file), file))
     return ForeignTokenizer.load(folder) if merges is None else Tokenizer(merges)
 

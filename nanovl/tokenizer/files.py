@@ -12,6 +12,8 @@ from nanovl.errors import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+PICKLE_FILE = "tokenizer.pkl"
+"""nanochat's own."""
 
 
 def _byte_to_char() -> dict[int, str]:

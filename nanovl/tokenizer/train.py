@@ -100,7 +100,8 @@ def merges_of(tokens: list[bytes]) -> list[Merge]:
     """The pairs that were joined into `tokens`, which are in the order learned, the 256 bytes first.
 
     A token was joined from what its bytes become, by themselves, under the merges before it: in the training
-    text these merges were done first, and none of them can have reached across the token's ends.
+    text these merges were done first, and none of them can have reached across the token's ends. Raises ValueError
+    where they do not make it.
     """
     ids: dict[tuple[int, int], int] = {}
     merges = []
@@ -108,7 +109,8 @@ def merges_of(tokens: list[bytes]) -> list[Merge]:
         parts = list(token)
         while len(parts) > 2:
             pair = min(pairwise(parts), key=lambda pair: ids.get(pair, number))
-            assert pair in ids, f"token {number} ({token!r}) cannot be joined from the tokens before it"
+            if pair not in ids:
+                raise ValueError(f"token {number} ({token!r}) cannot be joined from the tokens before it")
             parts = _join(parts, pair, ids[pair])
         ids[parts[0], parts[1]] = number
         merges.append((tokens[parts[0]], tokens[parts[1]]))

@@ -117,6 +117,19 @@ FAMILIES = {
         {"head_dim": 16, "num_hidden_layers": 6, "attn_logit_softcapping": None},
         "Gemma3TextConfig",
     ),
+    "nanochat_v1": HfFamily(
+        "NanoChat",
+        {
+            "released": {"rope_parameters": rope(1e4), "num_key_value_heads": 4},
+            "grouped": {"rope_parameters": rope(1e5), "rms_norm_eps": 1.1920929e-07},
+            "biased": {
+                "rope_parameters": rope(1e4, "linear", factor=4.0),
+                "attention_bias": True,
+                "final_logit_softcapping": None,
+            },
+            "tied": {"rope_parameters": yarn(1e4), "tie_word_embeddings": True, "head_dim": 16},
+        },
+    ),
 }
 
 

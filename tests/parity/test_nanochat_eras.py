@@ -1,0 +1,157 @@
+"""Every era of nanochat against an independent writing of its model, and the first one against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from nanochat_reference import ERAS, imported, random_tokens, reference, write
+from torch import nn
+
+from nanovl.checkpoint.hf import KeyMap, load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.nanochat_pt import save_nanochat
+from nanovl.inference.engine import Engine
+from nanovl.models.nanochat_config import EPS
+from nanovl.models.nanochat_config import ERAS as OURS
+from nanovl.optim.groups import assign
+from nanovl.registry import family
+
+DAYS = list(ERAS)
+SECOND = {"2026-01-18": {"softcap": 15}, "2026-03-02": {"softcap": 20}}
+"""What has to be added to a meta file."""
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("day", DAYS)
+def test_logits_and_gradients_of_every_era(tmp_path: Path, day: str, kv_heads: int) -> None:
+    theirs = reference(day, n_kv_head=kv_heads)
+    ours, spec = imported(write(tmp_path, theirs, **SECOND.get(day, {})))
+    assert spec.family.name == ("nanochat_v1" if day == "2025-10-13" else "nanochat")
+    tokens = random_tokens(300)  # windows of 128, 200 and 256 earlier tokens
+    expected, actual = theirs(tokens), ours(tokens)
+    assert (expected - actual).abs().max() <= 2e-5
+    for model, logits in ((theirs, expected), (ours, actual)):
+        model.zero_grad()
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    names = KeyMap(spec.family.nanochat.key_rules(spec.config))  # type: ignore[union-attr]
+    mine = dict(ours.named_parameters())
+    seen = set()
+    for name in theirs.state_dict():
+        group = names.group(theirs=name)
+        assert group is not None, name
+        found, wanted = (
+            group.to_theirs([mine[n].grad for n in group.ours])[0],
+            theirs.get_parameter(name).grad,
+        )
+        pad = nn.functional.pad(found, (0, 0, 0, len(wanted) - len(found))) if found.dim() == 2 else found
+        assert (pad - wanted).norm() <= 1e-4 * wanted.norm(), name
+        seen |= {*group.ours}
+    assert seen == mine.keys()
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_greedy_tokens_of_every_era(tmp_path: Path, day: str) -> None:
+    theirs = reference(day)
+    ours, _ = imported(write(tmp_path, theirs, **SECOND.get(day, {})))
+    text = random_tokens(118, seed=3)[:1]
+    for _ in range(20):
+        text = torch.cat((text, theirs(text)[:, -1:].argmax(-1)), dim=1)
+    assert Engine(ours).generate([text[0, :118].tolist()], max_tokens=20)[0].ids == text[0, 118:].tolist()
+
+
+def test_every_era_is_a_flavor_with_its_fields(tmp_path: Path) -> None:
+    assert [*OURS] == DAYS[1:]
+    for day in DAYS[1:]:
+        _, spec = imported(write(tmp_path / day, reference(day, vocab=192), **SECOND.get(day, {})))
+        flavor = spec.family.flavors[f"d12@{day}"]()
+        sizes = (
+            "vocab_size",
+            "depth",
+            "aspect_ratio",
+            "head_dim",
+            "max_position_embeddings",
+            "window_pattern",
+        )
+        differing = {key for key, value in vars(spec.config).items() if value != getattr(flavor, key)}
+        assert differing <= set(sizes)
+
+
+def test_sizes_of_a_released_checkpoint_are_those_of_its_flavor(tmp_path: Path) -> None:
+    meta = {"sequence_len": 2048, "n_layer": 12, "n_head": 6, "n_kv_head": 6, "n_embd": 768}
+    shapes = {"resid_lambdas": (12,), "smear_gate.weight": (1, 24), "transformer.wte.weight": (32768, 768)}
+    nanochat, v1 = family("nanochat"), family("nanochat_v1")
+    files = {"model_config": {**meta, "vocab_size": 32768, "window_pattern": "SSSL"}}
+    assert nanochat.nanochat is not None
+    assert nanochat.nanochat.config_from_meta(files, shapes) == nanochat.flavors["d12"]()
+    d20 = {**meta, "vocab_size": 65536, "n_layer": 20, "n_head": 10, "n_kv_head": 10, "n_embd": 1280}
+    assert v1.nanochat is not None
+    assert v1.nanochat.config_from_meta({"model_config": d20}, {}) == v1.flavors["d20"]()
+    assert v1.nanochat.config_to_meta is not None
+    assert v1.nanochat.config_to_meta(v1.flavors["d20"]()) == d20
+
+
+def test_first_release_goes_through_transformers_and_back(tmp_path: Path) -> None:
+    theirs = reference("2025-10-13", vocab=192)
+    ours, spec = imported(write(tmp_path / "pt", theirs))
+    save_hf(tmp_path / "hf", dict(ours.named_parameters()), spec, torch.float32)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert type(hf) is transformers.NanoChatForCausalLM
+    assert hf.config.rms_norm_eps == pytest.approx(EPS)
+    # nanochat's own rows of queries and keys, not ours with their halves swapped
+    c_q = theirs.get_parameter("transformer.h.0.attn.c_q.weight")
+    assert torch.equal(hf.get_parameter("model.layers.0.self_attn.q_proj.weight"), c_q)
+    tokens = random_tokens(60)
+    assert (hf(tokens).logits - theirs(tokens)).abs().max() <= 2e-5
+    spec_again = spec_of_directory(tmp_path / "hf")
+    assert spec_again.config == spec.config
+    again = spec_again.family.model(spec_again.config)
+    load_hf_weights(tmp_path / "hf", again, spec_again)
+    save_nanochat(tmp_path / "again", dict(again.named_parameters()), spec_again, 12)
+    before, after = (
+        torch.load(tmp_path / name / "model_000012.pt", weights_only=True) for name in ("pt", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("flavor", "total"),
+    [
+        # 2 x 32768 x 768 tables, 12 x 12 x 768^2 matrices, 24 lambdas
+        ("d12@2026-01-11", 2 * 32768 * 768 + 144 * 768**2 + 24),
+        # the log of nanochat, 27 January: 412,091,556 less its table of pairs and that one's 12 lambdas
+        ("d12@2026-01-18", 412_091_556 - 125_829_120 - 12),
+        ("d26@2026-01-18", 1_681_790_292),  # as published
+        ("d26@2026-03-02", 1_681_790_292),
+        ("d24@2026-03-09", 1_384_122_122 - 26),  # without smear and backout
+        ("d24@2026-03-14", 1_384_122_122),
+        ("d24", 1_384_122_122),
+    ],
+)
+def test_sizes_of_every_era(flavor: str, total: int) -> None:
+    found = family("nanochat")
+    with torch.device("meta"):
+        model = found.model(found.flavors[flavor]())
+    assert sum(p.numel() for p in model.parameters()) == total
+
+
+@pytest.mark.parametrize("day", DAYS[1:])
+def test_every_era_can_be_trained(day: str) -> None:
+    """Its weights begin as finite numbers, and each of them belongs to one optimizer group."""
+    found = family("nanochat")
+    config = found.flavors[f"d12@{day}"]()
+    config.depth, config.head_dim, config.vocab_size = 4, 64, 64
+    model = found.model(config)
+    assign(model.named_parameters(), found.optimizer_groups(config))
+    begun = {}
+    for name, parameter in model.named_parameters():
+        full = torch.full(parameter.shape, torch.nan)
+        model.init_parameter(name, full, torch.Generator().manual_seed(1))
+        assert full.isfinite().all(), name
+        begun[name] = full
+    lambdas = [[begun[f"layers.{i}.blend.{part}"].item() for i in (0, 3)] for part in ("stream", "embedding")]
+    streams = [1.15, 1.05] if day == "2026-03-14" else [1.0, 1.0]
+    embeddings = {"2026-01-11": [0.0, 0.0], "2026-03-14": [0.2, 0.05]}.get(day, [0.1, 0.1])
+    assert lambdas == [pytest.approx(streams), pytest.approx(embeddings)]
