@@ -23,6 +23,7 @@ MODELS = {
     "qwen3_5": "nanovl.models.qwen3_5",
     "qwen3_5_moe": "nanovl.models.qwen3_5_moe",
     "deepseek_v3": "nanovl.models.deepseek_v3",
+    "deepseek_v32": "nanovl.models.deepseek_v32",
     "kimi_k2": "nanovl.models.kimi_k2",
     "glm4_moe": "nanovl.models.glm4_moe",
     "llama3": "nanovl.models.llama3",

@@ -26,7 +26,7 @@ NUMBERS_AT_ONCE = 2**25
 """Scores by head that exist at a time: queries are worked on in chunks."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class IndexerConfig:
     index_n_heads: int
     """Heads of the index; with few, many scores are exactly 0 and their order is arbitrary."""

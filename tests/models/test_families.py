@@ -7,6 +7,7 @@ import torch
 
 from nanovl.config.schema import Job, Model, Parallelism, Tokenizer, Training
 from nanovl.errors import ConfigError
+from nanovl.models.blocks.indexer import IndexerConfig
 from nanovl.models.decoder import DecoderConfig
 from nanovl.registry import family, family_of, resolve_model, spec_from_dict, spec_to_dict
 from nanovl.shrink import shrink
@@ -38,11 +39,13 @@ COUNTS = {
     ("qwen3_moe", "235b-a22b"): 235_093_634_560,
     ("deepseek_v3", "671b-a37b"): 671_026_404_352,
     ("deepseek_v3", "16b-a3b"): 15_960_108_544,
+    ("deepseek_v32", "671b-a37b"): 671_877_929_216,
     ("kimi_k2", "1t-a32b"): 1_026_408_209_408,
     ("glm4_moe", "106b-a12b"): 106_852_245_504,
     ("glm4_moe", "355b-a32b"): 352_797_814_784,
 }
 """Parameters of the same sizes built by transformers; see tests/parity/test_flavors_hf.py."""
+INDEXER = IndexerConfig(index_n_heads=16, index_head_dim=16, index_topk=4)
 NAMES = sorted({name for name, _ in COUNTS})
 
 
@@ -121,6 +124,13 @@ def test_shrunk_groups_still_hold_a_tokens_experts() -> None:
         ("qwen3_moe", "full", {"qk_norm": "none"}, r"blocks\.full\.mixer\.qk_norm = 'none'"),
         ("deepseek_v3", "dense", {"v_head_dim": 8}, r"dense\.mixer\.v_head_dim = 8: .* has 16 there"),
         ("deepseek_v3", "moe", {"sliding_window": 9}, r"blocks\.moe\.mixer\.sliding_window = 9"),
+        (
+            "deepseek_v3",
+            "moe",
+            {"indexer": INDEXER},
+            r"moe\.mixer\.indexer\.index_topk = 4: cannot be written",
+        ),
+        ("deepseek_v32", "dense", {"indexer": INDEXER}, r"dense\.mixer\.indexer\.index_topk = 4: .* has 16"),
         ("kimi_k2", "moe", {"latent_norm_eps": 1e-5}, "latent_norm_eps = 1e-05: .* has 1e-06 there"),
         ("glm4_moe", "moe", {"o_bias": True}, r"blocks\.moe\.mixer\.o_bias = True"),
     ],

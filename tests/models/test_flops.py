@@ -23,6 +23,7 @@ from nanovl.models.blocks import moe
 from nanovl.models.blocks.attention import AttentionCore, visible
 from nanovl.models.blocks.delta_rule import CHUNK
 from nanovl.models.blocks.gated_delta_net import GatedDeltaNet
+from nanovl.models.blocks.mla import LatentAttention
 from nanovl.parallelisms.init import init_weights
 from nanovl.registry import MODELS, family, read_job, resolve_model
 from nanovl.shrink import shrink
@@ -49,9 +50,19 @@ def of_experts(layer: Any) -> tuple[float, float]:
     return weighing, 2 * weighing
 
 
+def of_indexer(mixer: Any) -> tuple[float, float]:
+    """Outside of a training step an indexer has no loss, and so no backward."""
+    if mixer.indexer is None:
+        return 0.0, 0.0
+    projections = 2.0 * sum(p.numel() for p in mixer.indexer.parameters() if p.ndim == 2)
+    heads, head_dim = mixer.config.indexer.index_n_heads, mixer.config.indexer.index_head_dim
+    return 0.0, -2 * (projections + 2.0 * heads * (head_dim + 1) * TOKENS)
+
+
 COUNTED_OTHERWISE: dict[type[nn.Module], Callable[[Any], tuple[float, float]]] = {
     GatedDeltaNet: of_delta_rule,
     moe.Moe: of_experts,
+    LatentAttention: of_indexer,
 }
 """Where torch counts something else: how much more of a token, forward and backward."""
 

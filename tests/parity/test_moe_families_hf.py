@@ -93,6 +93,38 @@ FAMILIES = {
         },
         {**LATENT, **SIGMOID, "n_group": 4, "topk_group": 2},
     ),
+    "deepseek_v32": HfFamily(
+        "DeepseekV32",
+        {
+            "yarn": {"rope_parameters": yarn(1e4, mscale=1.0, mscale_all_dim=1.0), "index_topk": 6},
+            "few keys": {"rope_parameters": rope(5e4), "index_topk": 1, "index_n_heads": 64},
+            "more keys": {
+                "attention_bias": True,
+                "first_k_dense_replace": 0,
+                "tie_word_embeddings": True,
+                "norm_topk_prob": False,
+                "rms_norm_eps": 1e-5,
+                "index_head_dim": 8,
+                "index_topk": 17,
+                "rope_parameters": yarn(1e4, mscale=0.7, mscale_all_dim=0.5),
+            },
+            "all keys": {
+                "first_k_dense_replace": 3,
+                "index_topk": 200,
+                "index_head_dim": 32,
+                "rope_parameters": yarn(1e4),
+            },
+        },
+        # with few index heads scores tie at 0, and both choose among the ties as it comes
+        {
+            **LATENT,
+            **SIGMOID,
+            "n_group": 4,
+            "topk_group": 2,
+            "index_n_heads": 32,
+            "index_head_dim": 20,
+        },
+    ),
     "kimi_k2": HfFamily(
         "DeepseekV3",
         {

@@ -1,0 +1,123 @@
+"""DeepSeek-V3.2: DeepSeek-V3 with sparse attention.
+
+Different from DeepSeek-V3: in every layer an indexer (models/blocks/indexer.py) chooses the 2048 keys that a query
+attends to. It adds 14 million parameters a layer, and turns the two halves of a head's first channels, there as here,
+while checkpoints turn neighbouring channels of the attention it serves.
+
+DeepSeek trained it on top of a trained V3.1, in two stages: 1000 steps of `index_loss = "dense"` with all else frozen,
+at lr 1e-3, then 15000 of "sparse" with all of it, at lr 7.3e-6 (from public copies of the report, unverified).
+transformers computes the same, but cannot train the indexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nanovl.errors import ConfigError
+from nanovl.models.blocks.indexer import IndexerConfig
+from nanovl.models.blocks.mla import MlaConfig
+from nanovl.models.decoder import Decoder, DecoderConfig, adamw_groups
+from nanovl.models.deepseek_v3 import (
+    INIT,
+    LATENT,
+    experts,
+    first_dense,
+    first_dense_from_hf,
+    first_dense_to_hf,
+    latent,
+    small_latent,
+    yarn,
+)
+from nanovl.models.deepseek_v3 import key_rules as v3_key_rules
+from nanovl.models.hf_config import expect, rope_from_hf
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
+
+ARCHITECTURE = "DeepseekV32ForCausalLM"
+INDEX = ("index_n_heads", "index_head_dim", "index_topk")
+"""Sizes of the indexer, there and here."""
+INDEXER = {
+    "wq_b.weight": "q_proj.weight",
+    "wk.weight": "k_proj.weight",
+    "k_norm.weight": "k_layer_norm.weight",
+    "k_norm.bias": "k_layer_norm.bias",
+    "weights_proj.weight": "weights_proj.weight",
+}
+
+
+def indexed(mixer: MlaConfig, heads: int, head_dim: int, topk: int) -> MlaConfig:
+    """Latent attention to the keys that an indexer chooses."""
+    indexer = IndexerConfig(index_n_heads=heads, index_head_dim=head_dim, index_topk=topk)
+    return replace(mixer, indexer=indexer)
+
+
+FLAVORS = {
+    "671b-a37b": lambda: first_dense(
+        indexed(latent(128, yarn(40.0, 4096)), 64, 128, 2048),
+        experts(256, 8, 2048, groups=8, topk_groups=4, scale=2.5),
+        layers=61,
+        dense_layers=3,
+        hidden=7168,
+        ffn=18432,
+        vocab=129280,
+        context=163840,
+    ),
+    "debug": lambda: first_dense(
+        indexed(small_latent(yarn(4.0, 32)), 16, 16, 16),
+        experts(8, 2, 32, groups=4, topk_groups=2, scale=2.5),
+        layers=4,
+        dense_layers=1,
+        hidden=64,
+        ffn=128,
+        vocab=512,
+        context=128,
+    ),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+    layers, dense = hf["num_hidden_layers"], hf["first_k_dense_replace"]
+    expect(
+        hf,
+        "deepseek_v32",
+        mlp_bias=False,
+        layer_types=["indexed_attention"] * layers,
+        mlp_layer_types=["dense"] * min(dense, layers) + ["sparse"] * (layers - dense),
+    )
+    indexer = IndexerConfig(**{key: hf[key] for key in INDEX})
+    sizes = {key: hf[key] for key in LATENT}
+    mixer = MlaConfig(**sizes, rope=rope_from_hf(hf), bias=hf.get("attention_bias", False), indexer=indexer)
+    return first_dense_from_hf(hf, "deepseek_v32", mixer, INIT)
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of `config`. Raises ConfigError where DeepseekV32ForCausalLM cannot say the same."""
+    mixer = config.blocks["moe"].mixer if "moe" in config.blocks else None
+    if not isinstance(mixer, MlaConfig) or mixer.indexer is None:
+        raise ConfigError(
+            f"model.blocks.moe.mixer: wants kind = 'mla' with an indexer, as {ARCHITECTURE} has"
+        )
+    sizes = {key: getattr(mixer, key) for key in LATENT}
+    index = {key: getattr(mixer.indexer, key) for key in INDEX}
+    plain = MlaConfig(**sizes, rope=mixer.rope, bias=mixer.bias, indexer=IndexerConfig(**index))
+    said = first_dense_to_hf(config, plain, ARCHITECTURE, "deepseek_v32")
+    return {**said, **sizes, **index, "attention_bias": mixer.bias}
+
+
+def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
+    """The key map."""
+    theirs, ours = "model.layers.{i}.self_attn.indexer", "layers.{i}.mixer.indexer"
+    return [*v3_key_rules(config), *(KeyRule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in INDEXER.items())]
+
+
+FAMILY = ModelFamily(
+    name="deepseek_v32",
+    summary="DeepSeek-V3.2: DeepSeek-V3 whose queries attend to 2048 keys that an indexer chooses",
+    config=DecoderConfig,
+    flavors=FLAVORS,
+    model=Decoder,
+    optimizer_groups=adamw_groups,
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v32"),
+)
