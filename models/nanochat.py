@@ -236,13 +236,14 @@ FLAVORS: dict[str, Callable[[], NanochatConfig]] = {
     **{
         f"d{depth}@{day}": partial(NanochatConfig, depth=depth, **fields)
         for day, fields in ERAS.items()
-        for depth in (12, 20, 24, 26)
+        if fields  # the last era is d12 itself
+        for depth in (12, 26)
     },
 }
 
 FAMILY = ModelFamily(
     name="nanochat",
-    summary="nanochat, July 2026: smear, residual lambdas, value embeddings, sliding windows, backout; one dial, depth",
+    summary="nanochat since January 2026: residual lambdas, value embeddings, windows, smear, backout; one dial, depth",
     config=NanochatConfig,
     flavors=FLAVORS,
     model=Nanochat,

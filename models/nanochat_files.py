@@ -92,8 +92,8 @@ def config_from_meta(meta: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
     head_dim, vocab = hidden // heads, sizes["vocab_size"]
     rows = shapes.get("transformer.wte.weight", [0])[0]
     fields = dict(ERAS[_era(shapes)])
-    if "softcap" in meta:
-        fields["softcap"] = float(meta["softcap"])
+    if (given := stated_cap(meta)) is not None:
+        fields["softcap"] = given
     elif fields == ERAS["2026-01-18"]:
         raise ConfigError(
             "the meta file does not say how logits are capped, and its tensors cannot: at 15 by models trained from "
@@ -110,6 +110,14 @@ def config_from_meta(meta: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
         window_pattern=_window_pattern(meta, fields.get("short_window_multiple") == 1),
         **fields,
     )
+
+
+def stated_cap(meta: Mapping[str, Any]) -> float | None:
+    """The cap of logits that a user has added to a meta file. Raises ConfigError."""
+    given = meta.get("softcap")
+    if given is not None and (not isinstance(given, int | float) or given <= 0):
+        raise ConfigError(f"softcap = {given!r} in the meta file: wants a number above 0")
+    return None if given is None else float(given)
 
 
 def sizes_of(meta: Mapping[str, Any]) -> dict[str, int]:

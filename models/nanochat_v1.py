@@ -37,7 +37,7 @@ from nanovl.models.hf_config import (
 )
 from nanovl.models.hf_keys import ATTENTION, decoder_rules
 from nanovl.models.nanochat_config import EPS
-from nanovl.models.nanochat_files import PADDED, block_rules, halves_swapped
+from nanovl.models.nanochat_files import PADDED, block_rules, halves_swapped, stated_cap
 from nanovl.models.nanochat_files import sizes_of as sizes_of_meta
 from nanovl.spec import HuggingFaceSpec, KeyRule, ModelFamily, NanochatSpec
 
@@ -148,6 +148,7 @@ def config_from_meta(meta: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
         kv_heads=sizes["n_kv_head"],
         vocab=sizes["vocab_size"],
         context=sizes["sequence_len"],
+        softcap=stated_cap(meta) or 15.0,
     )
 
 
@@ -190,11 +191,16 @@ def optimizer_groups(config: DecoderConfig) -> list[OptimizerGroup]:
     ]
 
 
+FLAVORS = {
+    **{f"d{depth}": partial(released, depth) for depth in (20, 26, 30, 32, 34)},
+    "debug": partial(nanochat_v1, layers=4, hidden=64, heads=4, vocab=512, context=128),
+}
+
 FAMILY = ModelFamily(
     name="nanochat_v1",
     summary="nanochat, October 2025: weightless norms, normed q and k after the rotation, squared ReLU, soft cap",
     config=DecoderConfig,
-    flavors={f"d{depth}": partial(released, depth) for depth in (20, 26, 30, 32, 34)},
+    flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=optimizer_groups,
     hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, hf_rules),

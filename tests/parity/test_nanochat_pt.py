@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,21 @@ def test_configs_that_no_nanochat_had(
     theirs.config = {**theirs.config, **changes}
     with pytest.raises(CheckpointError, match=message):
         imported(write(tmp_path, theirs))
+
+
+@pytest.mark.parametrize("cap", ["20", 0])
+def test_a_cap_is_a_number(tmp_path: Path, cap: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"softcap = {cap!r} in the meta file: wants a number above 0"):
+        imported(write(tmp_path, reference("2026-01-18"), softcap=cap))
+
+
+@pytest.mark.parametrize("day", ["2025-10-13", "2026-03-14"])
+def test_a_stated_cap_counts_in_every_era(tmp_path: Path, day: str) -> None:
+    theirs = reference(day)
+    theirs.era = replace(theirs.era, cap=7.0)
+    ours, _ = imported(write(tmp_path, theirs, softcap=7))
+    tokens = random_tokens(20)
+    assert (theirs(tokens) - ours(tokens)).abs().max() <= 2e-5
 
 
 def test_a_gate_of_no_era_is_refused(tmp_path: Path) -> None:
