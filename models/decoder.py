@@ -22,6 +22,7 @@ from nanovl.models.blocks.init import InitConfig, initialize
 from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.moe import Moe, MoeConfig
+from nanovl.models.blocks.mtp import MtpConfig, MtpModule
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.spec import FREE, Cut, Inputs, Model, Stream, TensorPlan, expert_layers
 
@@ -95,6 +96,8 @@ class DecoderConfig:
     """Context the checkpoint is meant for, tokens."""
     init: InitConfig = field(default_factory=InitConfig, metadata=FREE)
     """How weights begin."""
+    mtp: MtpConfig | None = None
+    """Multi-token prediction: modules that predict later tokens too, in training."""
 
     def layer_names(self) -> list[str]:
         """The template of each layer: prefix, then the pattern tiled, then suffix."""
@@ -127,6 +130,7 @@ class DecoderConfig:
             wrong += [f"blocks.{name}.mixer.{m}" for m in block.mixer.mistakes()]
             wrong += [f"blocks.{name}.ffn.{m}" for m in block.ffn.mistakes()]
         wrong += [f"init.{m}" for m in self.init.mistakes()]
+        wrong += [f"mtp.{m}" for m in self.mtp.mistakes(self.blocks)] if self.mtp else []
         raise_if(wrong)
 
 
@@ -175,7 +179,12 @@ class Decoder(Model):
         if config.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Parameter, self.embed_tokens.weight)
         self.first_children = ["embed_tokens", "embed_norm"]
-        self.last_children = ["norm", "lm_head", *(["embed_tokens"] if config.tie_word_embeddings else [])]
+        last = ["norm", "lm_head", *(["embed_tokens"] if config.tie_word_embeddings or config.mtp else [])]
+        if config.mtp is not None:
+            self.mtp = _mtp_modules(config, config.mtp)
+            self.mtp_layers, self.mtp_loss_weight = config.mtp.num_layers, config.mtp.loss_weight
+            last.append("mtp")
+        self.last_children = last
         self.meta = MetaBuilder(attention_layers(self))
 
     def tensor_plan(self) -> TensorPlan:
@@ -184,17 +193,30 @@ class Decoder(Model):
         return TensorPlan({"embed_tokens": Cut("vocab", size), "lm_head": Cut("vocab", size)})
 
     def begin(self, inputs: Inputs) -> Stream:
-        x_BTD = self.embed_tokens(inputs.tokens_BT)
+        return (self.embed_norm(self._embed(inputs.tokens_BT)),)
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD: Tensor = self.embed_tokens(tokens_BT)
         scale = self.config.embed_scale
         scale = self.config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         if scale != 1.0:
             x_BTD = x_BTD * torch.tensor(scale, dtype=x_BTD.dtype).item()
-        return (self.embed_norm(x_BTD),)
+        return x_BTD
 
     def end(self, stream: Stream) -> Tensor:
         # the head is linear, so its logits are scaled with what it reads
         x_BTD = self.norm(stream[0])
         return x_BTD if self.config.logit_scale == 1.0 else self.config.logit_scale * x_BTD
+
+    def look_ahead(
+        self, stream: Stream, ended_BTD: Tensor, ahead_BTK: Tensor, inputs: Inputs
+    ) -> list[Tensor]:
+        hidden_BTD = ended_BTD if self.config.mtp.hidden == "post_norm" else stream[0]
+        states = []
+        for module, ahead_BT in zip(self.mtp.values(), ahead_BTK.unbind(-1), strict=True):
+            x_BTD, hidden_BTD = module(hidden_BTD, self._embed(ahead_BT), inputs)
+            states.append(x_BTD)
+        return states
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         config = self.config
@@ -205,10 +227,22 @@ class Decoder(Model):
         return flops_per_token(self, mean_keys)
 
 
+def _mtp_modules(config: DecoderConfig, mtp: MtpConfig) -> nn.ModuleDict:
+    """One a depth, numbered on from the layers, as in DeepSeek's checkpoints."""
+    template = config.blocks[mtp.block or config.layer_names()[-1]]
+    size, norm, first = config.hidden_size, config.norm, config.num_hidden_layers
+    return nn.ModuleDict(
+        {
+            str(first + k): MtpModule(mtp, Block(template, size, norm), size, norm)
+            for k in range(mtp.num_layers)
+        }
+    )
+
+
 def adamw_groups(config: DecoderConfig) -> list[OptimizerGroup]:
     """AdamW for all; only matrices decay, those of experts and routers too."""
     return [
-        OptimizerGroup(match=r"layers\..*(_proj(\.weight)?|router\.weight)|lm_head\.weight"),
+        OptimizerGroup(match=r"(layers|mtp)\..*(_proj(\.weight)?|router\.weight)|lm_head\.weight"),
         OptimizerGroup(match=r".*", weight_decay=0.0),
     ]
 
@@ -218,16 +252,16 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, "core", None), AttentionCore)]
 
 
-def flops_per_token(model: nn.Module, mean_keys: Callable[[int | None], float]) -> float:
+def flops_per_token(model: Model, mean_keys: Callable[[int | None], float]) -> float:
     """Forward FLOPs of one token: every weight that multiplies it, and what mixes it with others."""
     mixers: list[Any] = [m for m in model.modules() if hasattr(m, "score_flops")]
     return matmul_flops_per_token(model) + sum(m.score_flops(mean_keys) for m in mixers)
 
 
-def matmul_flops_per_token(model: nn.Module) -> float:
+def matmul_flops_per_token(model: Model) -> float:
     """2 FLOPs for every weight that multiplies a token: linears, its experts and their router, the head (tied or not);
-    no embedding look-up."""
+    of multi-token prediction once more for each depth; no embedding look-up."""
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     experts = sum(layer.active_weights for layer in expert_layers(model))
     heads = sum(m.vocab_size * m.weight.shape[1] for m in model.modules() if isinstance(m, Head))
-    return 2.0 * (linears + experts + heads)
+    return 2.0 * (linears + experts + heads * (1 + model.mtp_layers))

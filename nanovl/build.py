@@ -79,8 +79,8 @@ def resolve_sizes(job: Job, spec: ModelSpec, world_size: int) -> tuple[Job, Size
 
 
 def matrix_parameters(spec: ModelSpec) -> int:
-    """Weights of the blocks' linear layers and of the head: what nanochat counts when it sizes a run. Of experts those
-    that a token goes through."""
+    """Weights of the blocks' linear layers, multi-token prediction included, and of the head: what nanochat counts when
+    it sizes a run. Of experts those that a token goes through."""
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     linears = [m.weight for b in model.blocks() for m in b.modules() if isinstance(m, nn.Linear)]

@@ -1,7 +1,8 @@
 """Numbers of a run: the step line for people, metrics.jsonl always, TensorBoard on request.
 
-Keys: step, tokens, seconds, train/loss, optim/grad_norm, optim/lr, perf/tokens_per_second (whole job),
-perf/data_wait (share of time), perf/mfu, perf/mfu_noncausal, memory/peak_gib, val/bpb, ..., floats in full.
+Keys: step, tokens, seconds, train/loss, train/mtp_loss_1 and so on (depths of multi-token prediction),
+optim/grad_norm, optim/lr, perf/tokens_per_second (whole job), perf/data_wait (share of time), perf/mfu,
+perf/mfu_noncausal, memory/peak_gib, val/bpb, ..., floats in full.
 """
 
 from __future__ import annotations

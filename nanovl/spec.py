@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -198,7 +198,11 @@ class Model(nn.Module, ABC):
     first_children: Sequence[str]
     """Children with parameters that only `begin` needs."""
     last_children: Sequence[str]
-    """Children with parameters that only `end` and the head need; one named in both is a tied weight."""
+    """Children with parameters that only `end`, `look_ahead` and the head need; one named in both is a tied weight."""
+    mtp_layers: int = 0
+    """Tokens beyond the next one that it predicts too, in training: multi-token prediction (arXiv:2412.19437)."""
+    mtp_loss_weight: float = 0.0
+    """Factor on the mean of their losses in what is trained."""
 
     def forward(
         self,
@@ -207,13 +211,15 @@ class Model(nn.Module, ABC):
         doc_ids_BT: Tensor | None = None,
         *,
         stream: Stream | None = None,
-        objective: Callable[[Any, Tensor], Any] | None = None,
+        ahead_BTK: Tensor | None = None,
+        objective: Callable[..., Any] | None = None,
     ) -> Any:
         """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns.
 
         So the loss runs inside forward, where FSDP has gathered the head's weight, and logits need not exist all at
         once. Without positions a row counts from 0; without document ids it is one document. A part that does not
-        begin the model goes on from `stream`; one without the head returns its stream.
+        begin the model goes on from `stream`; one without the head returns its stream. With `ahead_BTK`, the tokens 1,
+        2, ... places further on, the objective also gets the states that predict the tokens behind those.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -223,12 +229,22 @@ class Model(nn.Module, ABC):
             stream = self.pass_block(int(index), block, stream, inputs)
         if not hasattr(self, "lm_head"):
             return stream
-        x_BTD = self.end(stream)
-        return self.lm_head(x_BTD) if objective is None else objective(self.lm_head, x_BTD)
+        states = [self.end(stream)]
+        if ahead_BTK is not None:
+            states += self.look_ahead(stream, states[0], ahead_BTK, inputs)
+        states = [self.whole_rows(x_BTD) for x_BTD in states]
+        return self.lm_head(states[0]) if objective is None else objective(self.lm_head, *states)
+
+    def numbered_blocks(self) -> dict[int, nn.Module]:
+        """The layers and, where they are, the modules of multi-token prediction, by place in the whole model."""
+        return {
+            int(i): block
+            for i, block in [*self.layers.items(), *getattr(self, "mtp", nn.ModuleDict()).items()]
+        }
 
     def blocks(self) -> list[nn.Module]:
-        """The layers, in order: the units of FSDP, compile and activation checkpointing."""
-        return list(self.layers.values())
+        """The same in order: the units of FSDP, compile and activation checkpointing."""
+        return list(self.numbered_blocks().values())
 
     def pass_block(self, index: int, block: nn.Module, stream: Stream, inputs: Inputs) -> Stream:
         """The stream after block `index` of the whole model."""
@@ -252,6 +268,16 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def end(self, stream: Stream) -> Tensor:
         """The states [B, T, D] that the head reads."""
+
+    def look_ahead(
+        self, stream: Stream, ended_BTD: Tensor, ahead_BTK: Tensor, inputs: Inputs
+    ) -> list[Tensor]:
+        """The states with which a model of `mtp_layers` predicts later tokens; `ended_BTD` = those of `end`."""
+        raise NotImplementedError(f"{type(self).__name__} predicts the next token alone")
+
+    def whole_rows(self, x_BTD: Tensor) -> Tensor:
+        """What the head gets of these states; tensor parallelism puts rows together here."""
+        return x_BTD
 
     @abstractmethod
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
@@ -292,3 +318,32 @@ class ExpertLayer(nn.Module, ABC):
 def expert_layers(module: nn.Module) -> list[ExpertLayer]:
     """The expert layers in `module`, in order."""
     return [m for m in module.modules() if isinstance(m, ExpertLayer)]
+
+
+def run_batch(
+    model: Model,
+    batch: Batch,
+    objective: Callable[..., Any],
+    *,
+    documents: bool = True,
+    stream: Stream = (),
+) -> Any:
+    """What `objective(head, hidden_BTD, batch)` returns of a model or its last part, or another part's stream.
+
+    `documents` = attention stays inside a document. Of a batch with `ahead_BTK` the objective gets the states of
+    `Model.look_ahead` as further arguments.
+    """
+    return model(
+        batch["tokens_BT"],
+        batch["positions_BT"],
+        batch["doc_ids_BT"] if documents else None,
+        stream=stream or None,
+        ahead_BTK=batch.get("ahead_BTK"),
+        objective=lambda head, x_BTD, *ahead: objective(head, x_BTD, batch, *ahead),
+    )
+
+
+def serving_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that run outside of training too: all but those of multi-token prediction."""
+    skipped = set(getattr(model, "mtp", nn.ModuleDict()).modules())
+    return (module for module in model.modules() if module not in skipped)

@@ -13,11 +13,12 @@ from torch import Tensor
 from nanovl.dist import all_reduce
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
+from nanovl.models.blocks.mtp import with_ahead
 from nanovl.optim.gradients import clip_gradients, global_norm
 from nanovl.parallelisms.parallel_model import ParallelModel
-from nanovl.spec import Batch
+from nanovl.spec import Batch, Model
 
-# B rows, T tokens, D model
+# B rows, T tokens, D model, K depths of multi-token prediction
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class StepResult:
     """Global norm before clipping."""
     stop: bool
     """Whether some rank was asked to stop."""
+    mtp_losses: tuple[float, ...] = ()
+    """The same mean for each depth of multi-token prediction."""
 
     @property
     def finite(self) -> bool:
@@ -46,24 +49,27 @@ def train_step(
 ) -> StepResult:
     """Leave the step's gradients, clipped, in the parameters; the caller updates them, if the result is finite.
 
-    The denominator is the sum of loss weights over all micro-batches and ranks, known before the first backward, so
-    the gradients do not depend on how the rows are split.
+    The denominators are sums of loss weights over all micro-batches and ranks, known before the first backward, so the
+    gradients do not depend on how the rows are split.
     """
-    mesh, device = model.mesh, model.device
-    weight = sum(
-        (_loss_weights(b).sum(dtype=torch.float64) for b in batches), torch.zeros((), dtype=torch.float64)
-    ).to(device)
+    mesh, device, part = model.mesh, model.device, model.parts[0]
+    batches = [with_ahead(batch, part.mtp_layers) for batch in batches]
+    weights = torch.stack([loss_weights(batch) for batch in batches]).sum(0).to(device)
     if mesh.data_degree > 1:
-        all_reduce(weight, group=mesh.group("batch"))
-    denominator = weight.clamp(min=1.0).float()  # no target anywhere leaves a loss of 0 instead of 0/0
-    objective = partial(cross_entropy, denominator=denominator, chunk_tokens=chunk_tokens)
+        all_reduce(weights, group=mesh.group("batch"))
+    denominators = weights.clamp(min=1.0).float()  # no target anywhere leaves a loss of 0 instead of 0/0
+    objective = partial(
+        cross_entropies, denominators=denominators, mtp_factor=mtp_factor(part), chunk_tokens=chunk_tokens
+    )
     batches = [to_device(batch, device) for batch in batches]
-    loss = model.backward(batches, objective, documents=not cross_document_attention)
+    losses = model.backward(batches, objective, documents=not cross_document_attention)
     parameters = dict(model.named_parameters())
     counted = [p for name, p in parameters.items() if name not in model.elsewhere]
     norm = global_norm(counted, mesh.group("pp"))
-    sums = sum_over_ranks(mesh, loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=device))
-    result = StepResult(sums[0].item(), norm.item(), sums[1].item() > 0)
+    losses = losses.double().expand(len(weights))  # a stage without the head has one 0
+    asked = torch.tensor(float(stop), dtype=torch.float64, device=device)
+    loss, *mtp_losses, stops = sum_over_ranks(mesh, *losses, asked).tolist()
+    result = StepResult(loss, norm.item(), stops > 0, tuple(found / mtp_factor(part) for found in mtp_losses))
     if result.finite:
         clip_gradients(parameters.values(), norm, max_norm)
     return result
@@ -88,10 +94,39 @@ def cross_entropy(
     return head.cross_entropy(x_BTD, batch["targets_BT"], weights_BT, chunk_tokens)[0]
 
 
+def cross_entropies(
+    head: Head,
+    x_BTD: Tensor,
+    batch: Batch,
+    *ahead: Tensor,
+    denominators: Tensor,
+    mtp_factor: float,
+    chunk_tokens: int,
+) -> Tensor:
+    """The next token's `cross_entropy`, and that of each depth of multi-token prediction times `mtp_factor`, [1 + K];
+    each has a denominator of its own."""
+    found = [cross_entropy(head, x_BTD, batch, denominator=denominators[0], chunk_tokens=chunk_tokens)]
+    for k, ahead_BTD in enumerate(ahead):
+        weights_BT = batch["ahead_weights_BTK"][..., k] * (mtp_factor / denominators[1 + k])
+        targets_BT = batch["ahead_targets_BTK"][..., k]
+        found.append(head.cross_entropy(ahead_BTD, targets_BT, weights_BT, chunk_tokens)[0])
+    return torch.stack(found)
+
+
+def mtp_factor(model: Model) -> float:
+    """What the loss of each depth is multiplied by in what is trained, so that together they are a weighted mean."""
+    return model.mtp_loss_weight / max(1, model.mtp_layers)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _loss_weights(batch: Batch) -> Tensor:
-    return batch["weights_BT"] * (batch["targets_BT"] >= 0)
+def loss_weights(batch: Batch) -> Tensor:
+    """Sums of the loss weights of next tokens, and of each depth's, [1 + K] float64."""
+    next_1 = (batch["weights_BT"] * (batch["targets_BT"] >= 0)).sum(dtype=torch.float64)[None]
+    if "ahead_BTK" not in batch:
+        return next_1
+    ahead_BTK = batch["ahead_weights_BTK"] * (batch["ahead_targets_BTK"] >= 0)
+    return torch.cat((next_1, ahead_BTK.sum((0, 1), dtype=torch.float64)))

@@ -276,7 +276,7 @@ class Trainer:
         if job.training.gc_freq and self.step % job.training.gc_freq == 0:
             gc.collect(1)
         if self.step % job.metrics.log_freq == 0 or self.step in (1, job.training.steps) or result.stop:
-            self._log_step(meter, result.loss, result.grad_norm)
+            self._log_step(meter, result)
         return result.stop
 
     def _count_skipped(self, result: StepResult) -> None:
@@ -299,7 +299,7 @@ class Trainer:
                 f"{self.run.checkpoints} with a lower optimizer.lr or training.max_norm"
             )
 
-    def _log_step(self, meter: Meter, loss: float, grad_norm: float) -> None:
+    def _log_step(self, meter: Meter, result: StepResult) -> None:
         taken = meter.taken
         rates = meter.read(self.step)
         self.seconds += rates["seconds_per_step"] * taken
@@ -309,8 +309,9 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "flops": self.flops,
-            "train/loss": loss,
-            "optim/grad_norm": grad_norm,
+            "train/loss": result.loss,
+            **{f"train/mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_losses, 1)},
+            "optim/grad_norm": result.grad_norm,
             "optim/lr": self.optimizers.lr,
             "optim/skipped_steps": self.skipped,
             "perf/tokens_per_second": rates["tokens_per_second"],

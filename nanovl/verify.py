@@ -37,6 +37,7 @@ class Outcome:
     """What k steps of a job came to, whole tensors under the names of one model."""
 
     losses: list[float]
+    """Of each step, those of multi-token prediction behind it."""
     norms: list[float]
     """Gradient norms before clipping."""
     initial: dict[str, str] = field(default_factory=dict)
@@ -176,7 +177,7 @@ def _steps_on_rank(rank: int, job: Job, world: int, steps: int) -> Outcome:
         result = train_step(model, batches, max_norm=job.training.max_norm, chunk_tokens=16)
         balance.end_step(update=result.finite)
         index_losses.end_step()
-        outcome.losses.append(result.loss)
+        outcome.losses += [result.loss, *result.mtp_losses]
         outcome.norms.append(result.grad_norm)
         if step == 0:
             outcome.gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}

@@ -22,7 +22,7 @@ def apply_compile(model: Model, backend: str) -> int:
 
 
 def graphs(block: nn.Module) -> list[nn.Module]:
-    """What becomes one graph: the block, or with experts its composite children and what the expert layer names."""
+    """What becomes one graph: a block without experts, else its composite children and what the expert layer names."""
     if not expert_layers(block):
         return [block]
     parts = []
@@ -30,5 +30,5 @@ def graphs(block: nn.Module) -> list[nn.Module]:
         if isinstance(child, ExpertLayer):
             parts += child.graphs()
         elif any(True for _ in child.children()):
-            parts.append(child)
+            parts += graphs(child)
     return parts

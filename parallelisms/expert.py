@@ -23,7 +23,7 @@ from nanovl.config.schema import Job, Parallelism
 from nanovl.dist import all_reduce
 from nanovl.mesh import Mesh
 from nanovl.parallelisms.expert_dispatch import ExpertDispatch
-from nanovl.spec import ExpertLayer, Model, expert_layers
+from nanovl.spec import ExpertLayer, Model, expert_layers, serving_modules
 
 # B rows, E experts
 
@@ -126,8 +126,10 @@ def prefetch_around_experts(model: Model) -> None:
         [block, *(m for m in block.modules() if m is not block and isinstance(m, FSDPModule))]
         for block in model.blocks()
     ]
+    served = set(serving_modules(model))
     for here, following in pairwise(units):
-        here[0].set_modules_to_forward_prefetch(following)
+        if following[0] in served:  # evaluation would gather the others in vain, and leave them so
+            here[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(here)
 
 

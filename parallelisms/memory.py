@@ -26,7 +26,7 @@ def apply_activation_checkpointing(model: Model, config: ActivationCheckpoint) -
     if config.mode == "op":
         how["context_fn"] = _keep_costly_operations
     # by the place in the whole model, so that pipeline stages choose the same blocks as one rank
-    chosen = [block for index, block in model.layers.items() if int(index) % stride == 0]
+    chosen = [block for index, block in model.numbered_blocks().items() if index % stride == 0]
     for block in chosen:
         block.forward = _recomputed(block.forward, how)
     return len(chosen)

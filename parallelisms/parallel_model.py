@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from nanovl.mesh import Mesh
 from nanovl.parallelisms.context_cut import SequenceCut
 from nanovl.parallelisms.pipeline import Pipeline
-from nanovl.spec import Batch, Model
+from nanovl.spec import Batch, Model, run_batch
 
 # B rows, T tokens, D model
 
-Objective = Callable[[Any, Tensor, Batch], Any]
-"""(head, hidden states [B, T, D], the batch they were made of) -> result; tokens are those of this rank."""
+Objective = Callable[..., Any]
+"""(head, hidden states [B, T, D], the batch they were made of) -> result; tokens are those of this rank. For a batch
+with `ahead_BTK` the states of each depth of multi-token prediction follow."""
 
 
 @dataclass
@@ -63,10 +64,11 @@ class ParallelModel:
             part.train(mode)
 
     def backward(self, batches: Sequence[Batch], objective: Objective, *, documents: bool = True) -> Tensor:
-        """Forward and backward of all micro-batches, whole rows each; `objective` returns a scalar loss.
+        """Forward and backward of all micro-batches, whole rows each; `objective` returns a loss, or several that are
+        trained by their sum.
 
-        Returns the sum of this rank's losses: 0 where another stage computes them. Gradients add up in the parameters.
-        `documents` = attention stays inside a document.
+        Returns them added up over this rank's micro-batches: one 0 where another stage computes them. Gradients add up
+        in the parameters. `documents` = attention stays inside a document.
         """
         batches = [self.sequence.cut(batch) for batch in batches]
         if self.pipeline is not None:
@@ -74,9 +76,9 @@ class ParallelModel:
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             self._sync_gradients(i == len(batches) - 1)
-            loss = self._run(batch, objective, documents)
-            loss.backward()
-            total += loss.detach()
+            losses = run_batch(self.parts[0], batch, objective, documents=documents)
+            losses.sum().backward()
+            total = total + losses.detach()
         return total
 
     @torch.no_grad()
@@ -85,15 +87,7 @@ class ParallelModel:
         batch = self.sequence.cut(batch)
         if self.pipeline is not None:
             return self.pipeline.evaluate(batch, objective, documents)
-        return self._run(batch, objective, documents)
-
-    def _run(self, batch: Batch, objective: Objective, documents: bool) -> Any:
-        return self.parts[0](
-            batch["tokens_BT"],
-            batch["positions_BT"],
-            batch["doc_ids_BT"] if documents else None,
-            objective=lambda head, x_BTD: objective(head, x_BTD, batch),
-        )
+        return run_batch(self.parts[0], batch, objective, documents=documents)
 
     def _sync_gradients(self, last: bool) -> None:
         if self.reduce_last_only:

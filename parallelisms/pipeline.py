@@ -25,7 +25,7 @@ from nanovl.parallelisms.pipeline_backward import WeightsLater, backward_inputs
 from nanovl.parallelisms.pipeline_schedule import Kind, actions
 from nanovl.parallelisms.pipeline_split import stages_of, stages_per_rank
 from nanovl.parallelisms.pipeline_transfer import Sent, TiedWeights, receive, send, wait
-from nanovl.spec import Batch, Model, Stream
+from nanovl.spec import Batch, Model, Stream, run_batch
 
 # B rows, T tokens, D model
 
@@ -54,7 +54,7 @@ class Step:
     objective: Callable[..., Any]
     documents: bool
     loss: Tensor
-    """Sum so far."""
+    """Sum so far, of each loss that the objective returns."""
     passages: dict[Place, Passage] = field(default_factory=dict)
     streams: dict[Place, Stream] = field(default_factory=dict)
     """Made and not yet used, by the place that wants them; so are the others."""
@@ -93,7 +93,7 @@ class Pipeline:
         self.plan = cache(partial(actions, self.config, split_backward=not whole_backward))
 
     def backward(self, batches: Sequence[Batch], objective: Callable[..., Any], documents: bool) -> Tensor:
-        """Forward and backward of all micro-batches; the sum of their losses on the last stage's ranks, else 0.
+        """Forward and backward of all micro-batches; the sums of their losses on the last stage's ranks, else 0.
 
         Gradients are summed over data ranks once, after a stage's last backward.
         """
@@ -141,13 +141,7 @@ class Pipeline:
         self, stage: int, batch: Batch, stream: Stream, objective: Callable[..., Any], documents: bool
     ) -> Any:
         """The stream after `stage`, or what `objective` returns."""
-        return self.parts[stage](
-            batch["tokens_BT"],
-            batch["positions_BT"],
-            batch["doc_ids_BT"] if documents else None,
-            stream=stream or None,
-            objective=lambda head, x_BTD: objective(head, x_BTD, batch),
-        )
+        return run_batch(self.parts[stage], batch, objective, documents=documents, stream=stream)
 
     def _forward(self, step: Step, stage: int, i: int) -> None:
         stream: Stream = ()
@@ -157,8 +151,8 @@ class Pipeline:
         inputs = tuple(tensor.detach().requires_grad_() for tensor in stream)
         found = self._run(stage, step.batches[i], inputs, step.objective, step.documents)
         if stage == self.last:
-            step.loss += found.detach()
-            found = (found,)
+            step.loss = step.loss + found.detach()
+            found = (found.sum(),)
         else:
             step.streams[stage + 1, i] = found
         step.passages[stage, i] = Passage(inputs, found)

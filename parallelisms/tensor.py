@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from nanovl.parallelisms.tensor_modules import (
     VocabHead,
     WidthNorm,
 )
-from nanovl.spec import Cut, Model, Stream, TensorPlan, expert_layers
+from nanovl.spec import Cut, Model, TensorPlan, expert_layers
 
 CUT_DIMS: dict[tuple[str, type[nn.Module]], dict[str, int]] = {
     ("column", nn.Linear): {"weight": 0, "bias": 0},
@@ -203,10 +204,4 @@ def _change_regions(model: Model, plans: Plans, group: dist.ProcessGroup) -> Non
             module.register_forward_pre_hook(gather_first)
         if plan.starts:
             module.register_forward_hook(keep_piece)
-    if hasattr(model, "lm_head"):
-        end = model.end
-
-        def whole_end(stream: Stream) -> Tensor:
-            return gather(end(stream), SEQUENCE, group)
-
-        model.end = whole_end  # type: ignore[method-assign]
+    model.whole_rows = partial(gather, dim=SEQUENCE, group=group)  # type: ignore[method-assign]

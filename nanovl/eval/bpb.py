@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovl.models.blocks.head import Head
-from nanovl.spec import Batch
+from nanovl.spec import Batch, Model, run_batch
 
 # B rows, T tokens, D model, V vocabulary
 
@@ -67,10 +67,9 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def run_alone(model: nn.Module, batch: Batch, objective: Any) -> Any:
+def run_alone(model: Model, batch: Batch, objective: Any) -> Any:
     """`objective` on one process's whole model."""
-    arguments = (batch["tokens_BT"], batch["positions_BT"], batch["doc_ids_BT"])
-    return model(*arguments, objective=lambda head, x_BTD: objective(head, x_BTD, batch))
+    return run_batch(model, batch, objective)
 
 
 def compressor_bpb(text: bytes) -> dict[str, float]:

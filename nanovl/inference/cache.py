@@ -22,6 +22,7 @@ from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, attend
 from nanovl.models.blocks.indexer import Index, chosen
 from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.models.nanochat import PreviousToken
+from nanovl.spec import serving_modules
 
 # B rows of a forward, T their tokens (right-padded), N all tokens but the padding, S key places, D channels,
 # H query heads, K key/value heads
@@ -131,7 +132,7 @@ class KVCache:
         self._weights_dtype = next(model.parameters()).dtype
         self._seats = [
             (parent, name, child, cached)
-            for parent in model.modules()
+            for parent in serving_modules(model)
             for name, child in parent.named_children()
             if (cached := cached_form(child, self)) is not None
         ]

@@ -211,6 +211,7 @@ def _update(
     """What a step does outside of forward and backward: loss and norm, experts' loads, indexers' losses, and the
     optimizers' own."""
     mesh, parameters = parallel.mesh, dict(parallel.named_parameters())
+    losses = 1 + parallel.parts[0].mtp_layers
     for ledger in (
         Ledger(),
         Ledger(),
@@ -219,10 +220,10 @@ def _update(
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         with ledger:
             if mesh.data_degree > 1:
-                all_reduce(torch.zeros((), dtype=torch.float64), group=mesh.group("batch"))
+                all_reduce(torch.zeros(losses, dtype=torch.float64), group=mesh.group("batch"))
             counted = [p for name, p in parameters.items() if name not in parallel.elsewhere]
             global_norm(counted, mesh.group("pp"))
-            sum_over_ranks(mesh, *torch.zeros(2, dtype=torch.float64))
+            sum_over_ranks(mesh, *torch.zeros(losses + 1, dtype=torch.float64))
             if parallel.pipeline is not None:
                 parallel.pipeline.tied.sum_gradients()
             balance.end_step(update=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanovl.config.schema import Job
 from nanovl.device import Modes
 from nanovl.mesh import Mesh
+from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.blocks.sparse_core import index_losses
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms import pipeline_split
@@ -23,8 +24,8 @@ from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.parallelisms.pipeline_schedule import Action
 from nanovl.planning.ledger import Traffic
 from nanovl.planning.rehearsal import Rehearsed, rehearse
-from nanovl.spec import Batch, Model, ModelSpec, Stream, expert_layers
-from nanovl.step import cross_entropy
+from nanovl.spec import Batch, Model, ModelSpec, Stream, expert_layers, run_batch
+from nanovl.step import cross_entropies, mtp_factor
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,8 @@ def rehearse_stages(
     asked: PlannedJob, parallel: ParallelModel, parts: list[Model], rows: int
 ) -> dict[int, Rehearsed]:
     """A micro-batch through stages without FSDP, whose share is reckoned from its units; by number of the stage."""
-    batch = parallel.sequence.cut(_rows(rows, asked.job.training.seq_len))
+    depths = parallel.parts[0].mtp_layers
+    batch = parallel.sequence.cut(with_ahead(_rows(rows, asked.job.training.seq_len), depths))
     stages = dict(zip(parallel.pipeline.parts if parallel.pipeline else [0], parts, strict=True))
     found = {}
     for stage, part in stages.items():
@@ -90,19 +92,17 @@ def rehearse_stages(
 def _forward(
     asked: PlannedJob, parallel: ParallelModel, part: Model, stage: int, batch: Batch
 ) -> tuple[Stream, Any]:
-    objective = partial(cross_entropy, denominator=torch.ones(()), chunk_tokens=asked.chunk_tokens)
+    objective = partial(
+        cross_entropies,
+        denominators=torch.ones(1 + part.mtp_layers),
+        mtp_factor=mtp_factor(part),
+        chunk_tokens=asked.chunk_tokens,
+    )
     stream: Stream = ()
     if parallel.pipeline is not None and stage > 0:
         stream = tuple(tensor.requires_grad_() for tensor in parallel.pipeline._room(stage, batch))
     documents = not asked.job.data.cross_document_attention
-    out = part(
-        batch["tokens_BT"],
-        batch["positions_BT"],
-        batch["doc_ids_BT"] if documents else None,
-        stream=stream or None,
-        objective=lambda head, x_BTD: objective(head, x_BTD, batch),
-    )
-    return stream, out
+    return stream, run_batch(part, batch, objective, documents=documents, stream=stream)
 
 
 def transfers(order: Sequence[Action], runs: Mapping[int, Rehearsed]) -> Traffic:

@@ -69,6 +69,10 @@ VALUES: dict[str, list[Any]] = {
     "aux_loss_coef": [0.0, 0.01],
     "sequence_aux_loss_coef": [0.0, 0.01],
     "z_loss_coef": [0.0, 0.01],
+    # multi-token prediction
+    "num_layers": [1, 2],
+    "block": [None, "a"],
+    "loss_weight": [0.3],
     # norms, and how weights begin
     "eps": [1e-5, 1e-3],
     "std": [0.02, "fan_in"],

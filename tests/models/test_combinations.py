@@ -7,6 +7,7 @@ the prompts in chunks and side by side, and then token after token.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from combinations import LAYERS, choices, draw_decoder, fields_of
 from torch import Tensor, nn
 
 from nanovl.inference.engine import Engine
+from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig
 from nanovl.parallelisms.init import init_weights
-from nanovl.spec import expert_layers
+from nanovl.spec import expert_layers, run_batch
+from nanovl.step import cross_entropies, loss_weights, mtp_factor
 
 DEFAULT, ALL = 40, 340
 PROMPTS = (1, 3, 12)
@@ -72,10 +75,24 @@ def test_runs_and_decodes_as_it_prefills(seed: int) -> None:
     far = (found[:, -1] - torch.tensor([c.logprobs[0] for c in again])).abs().max()
     assert far <= FAR, f"prefilled at once: {far:.2g}: {config}"
 
-    nn.functional.cross_entropy(logits[0, :-1], torch.cat(rows)[1:]).backward()
+    loss = nn.functional.cross_entropy(logits[0, :-1], torch.cat(rows)[1:])
+    (loss + loss_ahead(model, torch.cat(rows)[None], positions)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} takes no part: {config}"
         assert torch.isfinite(parameter.grad).all(), f"gradient of {name}: {config}"
+
+
+def loss_ahead(model: Decoder, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Of multi-token prediction, where there is any."""
+    weights_BT = torch.ones_like(tokens_BT, dtype=torch.float32)
+    whole = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT.roll(-1, 1), "weights_BT": weights_BT}
+    places = {"positions_BT": positions_BT, "doc_ids_BT": (positions_BT == 0).cumsum(1)}
+    batch = with_ahead({**whole, **places}, model.mtp_layers)
+    factor, denominators = mtp_factor(model), loss_weights(batch).float()
+    objective = partial(cross_entropies, denominators=denominators, mtp_factor=factor, chunk_tokens=16)
+    losses: Tensor = run_batch(model, batch, objective)
+    assert torch.isfinite(losses).all(), model.config
+    return losses[1:].sum()
 
 
 def test_every_value_of_every_field_is_drawn() -> None:
