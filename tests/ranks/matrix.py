@@ -105,6 +105,21 @@ EXPERTS = {
 }
 """For the models with experts."""
 
+LATENT = [
+    "tp 2",
+    "tp 2, fsdp 2",
+    "pp 2 1F1B",
+    "pp 2 ZBVZeroBubble",
+    "cp 2 allgather",
+    "cp 2 ring",
+    "cp 2 ulysses",
+    "cp 2, tp 2",
+    "cp 2 ring, tp 2, fsdp 2",
+    "pp 2, tp 2",
+    "pp 2, tp 2, cp 2",
+]
+"""For latent attention: those that cut its heads, its sequence or the model."""
+
 MATRIX = [
     *(Case(name, model, *mesh) for model in ("qwen3", "nanochat", "moe") for name, mesh in EVERY.items()),
     *(
@@ -115,7 +130,12 @@ MATRIX = [
         Case(name, "qwen3 muon", *EVERY[name])
         for name in ("hsdp 2 x 2", "tp 2, fsdp 2", "pp 2, tp 2, fsdp 2")
     ),
-    *(Case(name, model, *mesh) for model in ("moe", "moe sigmoid") for name, mesh in EXPERTS.items()),
+    *(
+        Case(name, model, *mesh)
+        for model in ("moe", "moe sigmoid", "deepseek_v3")
+        for name, mesh in EXPERTS.items()
+    ),
+    *(Case(name, "deepseek_v3", *EVERY[name]) for name in LATENT),
 ]
 COVERING = [
     ("qwen3", "pp 2, tp 2, fsdp 2"),
@@ -128,5 +148,7 @@ COVERING = [
     ("moe", "pp 2 ZBVZeroBubble"),
     ("moe sigmoid", "ep 2, tp 2"),
     ("moe sigmoid", "ep 2, cp 2"),
+    ("deepseek_v3", "ep 2, tp 2"),
+    ("deepseek_v3", "cp 2 ulysses"),
 ]
 """Every axis, every pair of axes that meet somewhere, both optimizers."""

@@ -72,6 +72,8 @@ MODELS_WITH_EXPERTS: dict[str, Model] = {
             },
         },
     ),
+    # latent attention, YaRN, a dense layer before the experts, groups, biases, a shared expert
+    "deepseek_v3": Model(name="deepseek_v3", flavor="debug"),
 }
 MODELS |= MODELS_WITH_EXPERTS
 MODELS["qwen3 muon"] = MODELS["qwen3"]
