@@ -214,6 +214,15 @@ def test_biases_move_by_the_sign_of_the_load() -> None:
     torch.testing.assert_close(router.load, torch.tensor([4.0, 0, 2, 2, 1, 3]) / 12)
 
 
+def test_frozen_biases_stay_as_they_were_loaded() -> None:
+    moe = moe_of(load_balancing="bias", bias_update_speed=0.0)
+    loaded = torch.tensor([0.5, -0.25, 0.125, 3.0, 0.0, -1.0])
+    moe.router.expert_bias.copy_(loaded)
+    moe.router.rebalance(torch.tensor([4.0, 0, 2, 2, 1, 3], dtype=torch.float64))
+    assert torch.equal(moe.router.expert_bias, loaded)
+    assert (moe.router(tokens()).experts_NA == 3).any(dim=1).all()  # and are still chosen by
+
+
 def test_scores_are_float32_under_bfloat16() -> None:
     moe = moe_of().bfloat16()
     x = tokens().bfloat16()
