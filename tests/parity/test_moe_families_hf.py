@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from hf_pairs import (
     HfFamily,
     assert_checkpoint_returns,
@@ -18,9 +20,17 @@ from hf_pairs import (
     assert_stacked_experts_are_read,
     cases,
     pair,
+    random_tokens,
     rope,
     yarn,
 )
+
+from nanovl.cli import main
+from nanovl.inference.load import load
+from nanovl.registry import read_job
+from nanovl.trainer import train
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
 
 SIGMOID = {
     "moe_intermediate_size": 24,
@@ -191,3 +201,22 @@ def test_checkpoint_returns_bit_equal_and_loads_in_transformers(
 @pytest.mark.parametrize(("name", "case", "seed"), cases(FAMILIES))
 def test_stacked_experts_are_read_too(tmp_path: Path, name: str, case: str, seed: int) -> None:
     assert_stacked_experts_are_read(pair(FAMILIES[name], case), tmp_path)
+
+
+def test_biases_that_training_moved_reach_transformers(tmp_path: Path, tiny_flags: list[str]) -> None:
+    flags = [
+        *tiny_flags,
+        "--model.name=deepseek_v3",
+        "--model.flavor=debug",
+        "--training.steps=2",
+        f"--job.run_dir={tmp_path / 'run'}",
+        "--checkpoint.interval=2",
+    ]
+    train(read_job([CONFIG], flags))
+    assert main(["convert", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    ours = load(tmp_path / "run", device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    bias = theirs.model.layers[1].mlp.gate.e_score_correction_bias
+    assert set(bias.mul(1000).round().tolist()) & {-2.0, 2.0}  # two steps of 0.001
+    tokens = random_tokens(0)
+    assert (ours.model(tokens) - theirs(tokens).logits).abs().max() <= 2e-5
