@@ -22,7 +22,7 @@ from nanovl.spec import FREE
 # B batch, T query tokens, S key tokens, C query tokens of a chunk, D model channels in x and head channels elsewhere,
 # L channels of the queries' latent, F frequencies, I index heads
 
-NUMBERS_AT_ONCE = 2**25
+NUMBERS_AT_ONCE = 2**27
 """Scores by head that exist at a time: queries are worked on in chunks."""
 
 
