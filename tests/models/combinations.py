@@ -37,6 +37,9 @@ VALUES: dict[str, list[Any]] = {
     "qk_rope_head_dim": [4, 8],
     "v_head_dim": [6, 12],
     "latent_norm_eps": [1e-6, 1e-4],
+    "index_n_heads": [16, 20],  # with fewer, scores tie at 0
+    "index_head_dim": [8, 12],
+    "index_topk": [1, 3, 7],
     "num_key_heads": [1, 2],
     "num_value_heads": [2, 4],
     "key_head_dim": [8],

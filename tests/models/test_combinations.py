@@ -16,7 +16,9 @@ from combinations import LAYERS, choices, draw_decoder, fields_of
 from torch import Tensor, nn
 
 from nanovl.inference.engine import Engine
+from nanovl.models.blocks.mla import LatentAttention
 from nanovl.models.blocks.mtp import with_ahead
+from nanovl.models.blocks.sparse_core import SparseCore, index_losses
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig
 from nanovl.parallelisms.init import init_weights
 from nanovl.spec import expert_layers, run_batch
@@ -75,11 +77,31 @@ def test_runs_and_decodes_as_it_prefills(seed: int) -> None:
     far = (found[:, -1] - torch.tensor([c.logprobs[0] for c in again])).abs().max()
     assert far <= FAR, f"prefilled at once: {far:.2g}: {config}"
 
+    if indexers := index_losses(
+        model
+    ):  # learn in a training step alone, in which attention may see more keys
+        for indexer in indexers:
+            indexer.step_tokens = sum(map(len, rows))
+        logits = model(torch.cat(rows)[None], positions, (positions == 0).cumsum(1))
     loss = nn.functional.cross_entropy(logits[0, :-1], torch.cat(rows)[1:])
     (loss + loss_ahead(model, torch.cat(rows)[None], positions)).backward()
     for name, parameter in model.named_parameters():
+        if name in without_a_loss(model):
+            assert parameter.grad is None, f"{name} has no loss: {config}"
+            continue
         assert parameter.grad is not None, f"{name} takes no part: {config}"
         assert torch.isfinite(parameter.grad).all(), f"gradient of {name}: {config}"
+
+
+def without_a_loss(model: Decoder) -> set[str]:
+    """Parameters of indexers that nobody teaches."""
+    return {
+        name
+        for path, layer in model.named_modules()
+        if isinstance(layer, LatentAttention) and layer.indexer is not None
+        for name, _ in layer.indexer.named_parameters(f"{path}.indexer")
+        if isinstance(layer.core, SparseCore) and layer.core.loss is None
+    }
 
 
 def loss_ahead(model: Decoder, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
