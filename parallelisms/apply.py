@@ -51,8 +51,16 @@ def _device_mistakes(model: Model, job: Job, device: torch.device) -> list[str]:
             "parallelism.enable_cpu_offload = true: there is no accelerator to offload from; leave it out on a CPU"
         )
     kernels = {m.scores.kernel for m in model.modules() if isinstance(m, AttentionCore)}
-    if "flex" in kernels and device.type != "cuda":
-        wrong.append("model: kernel = 'flex': FlexAttention trains on a GPU alone; choose auto or eager")
+    if device.type != "cuda":
+        wrong += [
+            f"model: kernel = {name!r}: {what} trains on a GPU alone; choose auto or eager"
+            for name, what in (("flex", "FlexAttention"), ("varlen", "FlashAttention"))
+            if name in kernels
+        ]
+    elif "varlen" in kernels and job.training.mixed_precision_param == "float32":
+        wrong.append(
+            "model: kernel = 'varlen': FlashAttention knows no float32; set training.mixed_precision_param to bfloat16"
+        )
     return wrong
 
 

@@ -69,8 +69,14 @@ def mistakes(model: Model, job: Job) -> list[str]:
     elif config.context_parallel_method == "ulysses":
         for heads in sorted({m.config.num_attention_heads for m in mixers}):
             wrong += _heads(heads, config)
+    kernels = {m.core.scores.kernel for m in mixers}
+    if "varlen" in kernels:
+        wrong.append(
+            "model: kernel = 'varlen' makes no masks, by which parallelism.context_parallel_degree cuts rows; leave "
+            "the kernel 'auto'"
+        )
     if config.context_parallel_method == "ring":
-        kernels = {m.core.scores.kernel for m in mixers} - {"auto"}
+        kernels -= {"auto", "varlen"}
         wrong += [
             f"model: kernel = {kernel!r} is not used by parallelism.context_parallel_method = 'ring', which multiplies "
             "for itself; leave the kernel 'auto'"

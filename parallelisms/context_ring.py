@@ -44,7 +44,7 @@ class RingMetaBuilder(CutMeta):
 
     def forward(self, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> RingMeta:
         rope = self.unmasked(positions_BT).rope
-        return RingMeta(positions_BT, {}, rope, self.whole_documents(doc_ids_BT))
+        return RingMeta(positions_BT, {}, rope, doc_ids_BS=self.whole_documents(doc_ids_BT))
 
 
 class RingCore(CutCore):

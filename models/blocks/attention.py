@@ -26,7 +26,7 @@ from nanovl.spec import FREE, Cut, TensorPlan
 RopeKey = tuple[RopeConfig, int]
 """A rotation and the head width it turns: layers with equal keys share their tables."""
 
-Kernel = Literal["auto", "sdpa", "eager", "flex"]
+Kernel = Literal["auto", "sdpa", "eager", "flex", "varlen"]
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,8 @@ class AttentionConfig:
     """Every channel of the heads' outputs times a sigmoid of its own, sigmoid(g_proj(x)) (arXiv:2505.06708)."""
     kernel: Kernel = field(default="auto", metadata=FREE)
     """`sdpa`: torch's fused attention, without cap and sinks; `eager`: the formula, all scores in memory; `flex`:
-    FlexAttention, GPU only; `auto`: sdpa where it can, else flex on a GPU and eager elsewhere."""
+    FlexAttention, GPU only; `varlen`: fused attention document by document, without masks, cap and sinks, GPU only;
+    `auto`: sdpa where it can, else flex on a GPU and eager elsewhere."""
 
     def mistakes(self) -> list[str]:
         """What does not fit together, as `key = value: wanted`."""
@@ -88,8 +89,9 @@ class AttentionConfig:
                 wrong.append(f"{key} = {value}: wants a number above 0, or none")
         if self.attn_temperature_len is not None and self.attn_temperature_len < 2:
             wrong.append(f"attn_temperature_len = {self.attn_temperature_len}: wants 2 or more, or none")
-        if self.kernel == "sdpa" and (self.sinks or self.attn_logit_softcapping is not None):
-            wrong.append("kernel = 'sdpa': has neither cap nor sinks; choose auto, eager or flex")
+        if self.kernel in ("sdpa", "varlen") and (self.sinks or self.attn_logit_softcapping is not None):
+            wrong.append(f"kernel = {self.kernel!r}: has neither cap nor sinks; choose auto, eager or flex")
+        wrong += kernels.varlen_mistakes(self.kernel, self.head_dim, self.head_dim)
         if self.rope is not None:
             wrong += [f"rope.{m}" for m in self.rope.mistakes(self.head_dim)]
         return wrong
@@ -127,7 +129,7 @@ class Scores:
 
     @property
     def uncompiled(self) -> Scores:
-        """The same for calls of ever new lengths, each of which FlexAttention would compile for."""
+        """The same for calls of ever new lengths, each of which FlexAttention would compile for, and with masks."""
         return replace(self, kernel="eager" if self.beyond_sdpa or self.kernel == "eager" else "sdpa")
 
 
@@ -140,6 +142,8 @@ class AttentionMeta:
     masks: dict[int | None, Tensor | None]
     """By window: True where a query may look, [B or 1, 1, T, T]; None = plainly causal."""
     rope: dict[RopeKey, tuple[Tensor, Tensor]]
+    document_starts: Tensor | None = None
+    """First tokens of all documents of the batch, row after row, and its end, int32; None = no kernel asks."""
 
     @staticmethod
     def build(
@@ -178,14 +182,19 @@ class MetaBuilder(nn.Module):
     the sequence puts another one in its place."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
-        """`layers` have a `rope_key` and a `config` with a `sliding_window`."""
+        """`layers` have a `core`, a `rope_key` and a `config` with a `sliding_window`."""
         super().__init__()
         mixers = list(layers)
-        self.windows = {m.config.sliding_window for m in mixers}
+        masked = [m for m in mixers if m.core.scores.kernel != "varlen"]
+        self.windows = {m.config.sliding_window for m in masked}
+        self.finds_documents = len(masked) < len(mixers)
         self.ropes = {m.rope_key for m in mixers if m.rope_key is not None}
 
     def forward(self, positions_BT: Tensor, doc_ids_BT: Tensor | None) -> AttentionMeta:
-        return AttentionMeta.build(positions_BT, doc_ids_BT, self.windows, self.ropes)
+        meta = AttentionMeta.build(positions_BT, doc_ids_BT, self.windows, self.ropes)
+        if self.finds_documents:
+            meta.document_starts = kernels.starts_of_documents(positions_BT, doc_ids_BT)
+        return meta
 
 
 class AttentionCore(nn.Module):
@@ -215,6 +224,17 @@ class AttentionCore(nn.Module):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """-> [B, T, H, D]."""
+        heat_BT = self.scores.heat(meta.positions_BT)
+        if self.scores.kernel == "varlen":
+            assert meta.document_starts is not None
+            return kernels.varlen(
+                kernels.heated(q_BTHD, heat_BT),
+                k_BTKD,
+                v_BTKD,
+                meta.document_starts,
+                self.window,
+                self.scores.scale,
+            )
         mask = meta.masks[self.window]
         return attend(
             q_BTHD,
@@ -224,7 +244,7 @@ class AttentionCore(nn.Module):
             is_causal=mask is None,
             scores=self.scores,
             sinks_H=sinks_H,
-            heat_BT=self.scores.heat(meta.positions_BT),
+            heat_BT=heat_BT,
         )
 
 
@@ -243,13 +263,12 @@ def attend(
     query may look, [B or 1, 1, T, S]; `heat_BT` is that of `scores` for these queries."""
     assert scores.sinks == (sinks_H is not None)
     assert (scores.temperature_len is None) == (heat_BT is None)
+    assert scores.kernel != "varlen", "it knows documents and windows, but no masks"
     kernel = scores.kernel
     if kernel == "auto":
         kernel = "sdpa" if not scores.beyond_sdpa else "flex" if q_BTHD.is_cuda else "eager"
     if kernel == "sdpa":
-        if heat_BT is not None:
-            q_BTHD = (q_BTHD * heat_BT[..., None, None]).to(q_BTHD.dtype)
-        return kernels.sdpa(q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale)
+        return kernels.sdpa(kernels.heated(q_BTHD, heat_BT), k_BSKD, v_BSKD, mask, is_causal, scores.scale)
     compute = kernels.flex if kernel == "flex" else kernels.eager
     return compute(q_BTHD, k_BSKD, v_BSKD, mask, is_causal, scores.scale, scores.softcap, sinks_H, heat_BT)
 

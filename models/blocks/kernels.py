@@ -1,4 +1,5 @@
-"""Ways to compute softmax(q k^T) v: torch's fused attention, the formula written out, and FlexAttention.
+"""Ways to compute softmax(q k^T) v: torch's fused attention over rows (`sdpa`) or over documents laid end to end
+(`varlen`), the formula written out (`eager`), and FlexAttention (`flex`).
 
 Fused attention is the fastest and knows neither a cap on scores nor sinks. With cap c, heat h of a query (1 unless
 given) and sink s of a head:
@@ -10,6 +11,7 @@ The sink is one more key of value 0, so the output is that without it times sigm
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -104,6 +106,69 @@ def flex(
         share_BHT = torch.sigmoid(aux.lse - sinks_H.float()[:, None])
         out_BHTD = out_BHTD * share_BHT[..., None].to(out_BHTD.dtype)
     return out_BHTD.transpose(1, 2)
+
+
+def varlen(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    document_starts: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """torch's FlashAttention over the documents of all rows laid end to end: there is no mask, and nothing is computed
+    between two documents or outside of the window. On a GPU, below float32.
+
+    `document_starts` = the first tokens of the documents among all B*T, and B*T itself, int32.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    attention: Callable[..., Any] = varlen_attn
+    more: dict[str, Any] = {}
+    if q_BTHD.shape[2] != k_BTKD.shape[2]:
+        if "enable_gqa" in inspect.signature(attention).parameters:
+            more["enable_gqa"] = True
+        else:  # torch 2.11
+            group = q_BTHD.shape[2] // k_BTKD.shape[2]
+            k_BTKD, v_BTKD = (x.repeat_interleave(group, dim=2) for x in (k_BTKD, v_BTKD))
+    longest = q_BTHD.shape[1]  # a bound: asking for the true one would wait for the GPU
+    out_NHD: Tensor = attention(
+        *(x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD)),
+        document_starts,
+        document_starts,
+        longest,
+        longest,
+        scale=scale,
+        # it counts the keys before a token, not the token itself
+        window_size=(-1 if window is None else window - 1, 0),
+        **more,
+    )
+    return out_NHD.unflatten(0, q_BTHD.shape[:2])
+
+
+def varlen_mistakes(kernel: str, head_dim: int, value_dim: int) -> list[str]:
+    """Why FlashAttention does not take such heads."""
+    if kernel == "varlen" and (head_dim != value_dim or head_dim % 8 or head_dim > 256):
+        return [
+            f"kernel = 'varlen': wants keys and values of one width, a multiple of 8 up to 256, not {head_dim} and "
+            f"{value_dim}; choose auto"
+        ]
+    return []
+
+
+def starts_of_documents(positions_BT: Tensor, doc_ids_BT: Tensor | None) -> Tensor:
+    """Where documents begin among the B*T tokens of all rows, and B*T, int32 [documents + 1]; rows without
+    `doc_ids_BT` are one each."""
+    starts_BT = torch.zeros_like(positions_BT, dtype=torch.bool)
+    starts_BT[:, 0] = True
+    if doc_ids_BT is not None:
+        starts_BT[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
+    return F.pad(starts_BT.flatten().nonzero()[:, 0], (0, 1), value=starts_BT.numel()).int()
+
+
+def heated(q_BTHD: Tensor, heat_BT: Tensor | None) -> Tensor:
+    """Queries times their heat: where there is no cap, the same as scores times it."""
+    return q_BTHD if heat_BT is None else (q_BTHD * heat_BT[..., None, None]).to(q_BTHD.dtype)
 
 
 @cache

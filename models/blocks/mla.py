@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
 from nanovl.models.blocks.indexer import Indexer, IndexerConfig
+from nanovl.models.blocks.kernels import varlen_mistakes
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
 from nanovl.models.blocks.sparse_core import SparseCore
@@ -87,6 +88,7 @@ class MlaConfig:
             for key in (*sizes, "q_lora_rank", "sliding_window")
             if getattr(self, key) is not None and getattr(self, key) < 1
         ]
+        wrong += varlen_mistakes(self.kernel, self.qk_head_dim, self.v_head_dim)
         wrong += [f"rope.{m}" for m in self.rope.mistakes(self.qk_rope_head_dim)]
         return wrong + self._indexer_mistakes()
 
@@ -99,8 +101,10 @@ class MlaConfig:
             wrong.append(
                 "q_lora_rank: the indexer reads the queries' latent; give it a number, or no indexer"
             )
-        if self.kernel == "flex":
-            wrong.append("kernel = 'flex': cannot choose keys as an indexer does; use auto, sdpa or eager")
+        if self.kernel in ("flex", "varlen"):
+            wrong.append(
+                f"kernel = {self.kernel!r}: cannot choose keys as an indexer does; use auto, sdpa or eager"
+            )
         if indexer.index_head_dim < self.qk_rope_head_dim:
             wrong.append(
                 f"indexer.index_head_dim = {indexer.index_head_dim}: wants the {self.qk_rope_head_dim} channels of "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanovl.dist import all_reduce
 from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionCore
 from nanovl.optim.gather import Layout, local_of
 from nanovl.optim.groups import shorten
 
@@ -83,6 +84,8 @@ def _unfit(layer: nn.Module) -> str:
         return "no q_proj and k_proj with a row for each channel of a head"
     if any(not isinstance(getattr(layer, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
         return "queries and keys are normed, which bounds the logits and undoes any scaling"
+    if isinstance(layer.core, AttentionCore) and layer.core.scores.kernel == "varlen":
+        return "kernel = 'varlen' makes no masks, which say whose logits count"
     return ""
 
 

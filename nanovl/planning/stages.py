@@ -13,8 +13,10 @@ from torch import Tensor
 from nanovl.config.schema import Job
 from nanovl.device import Modes
 from nanovl.mesh import Mesh
+from nanovl.models.blocks.attention import AttentionCore, MetaBuilder
 from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.blocks.sparse_core import index_losses
+from nanovl.models.decoder import attention_layers
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms import pipeline_split
 from nanovl.parallelisms.apply import cut_part
@@ -56,8 +58,12 @@ def meta_model(asked: PlannedJob) -> Model:
 
 
 def cut_alike(asked: PlannedJob, mesh: Mesh) -> list[Model]:
-    """The same stages without FSDP, whose parameters alone have the dtype in which they compute."""
+    """The same stages without FSDP, whose parameters alone have the dtype in which they compute. Attention that needs a
+    GPU is booked as another kernel."""
     model = meta_model(asked)
+    for core in (m for m in model.modules() if isinstance(m, AttentionCore)):
+        core.scores = core.scores.uncompiled
+    model.meta = MetaBuilder(attention_layers(model))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(asked.modes.param_dtype)
     parts, _ = pipeline_split.split(model, asked.job, mesh)

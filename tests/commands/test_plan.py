@@ -54,6 +54,20 @@ def test_table_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cost" not in text
 
 
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_kernels_of_a_gpu_are_booked_as_another(capsys: pytest.CaptureFixture[str], kernel: str) -> None:
+    found = []
+    for name in ("auto", kernel):
+        flags = [
+            f"--model.blocks.full.mixer.kernel={name}",
+            "--training.mixed_precision_param=bfloat16",
+            "--json",
+        ]
+        assert plan([*CONFIG, *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 def test_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--gpu=nvidia geforce rtx 4090", "--training.seq_len=131072", "--training.local_batch_size=8"]
     with pytest.raises(ConfigError, match=r"did you mean 'NVIDIA GeForce RTX 4090'\?"):
