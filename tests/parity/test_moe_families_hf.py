@@ -29,6 +29,7 @@ from hf_pairs import (
 from nanovl.cli import main
 from nanovl.inference.load import load
 from nanovl.registry import read_job
+from nanovl.spec import expert_layers
 from nanovl.trainer import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
@@ -212,20 +213,22 @@ def test_stacked_experts_are_read_too(tmp_path: Path, name: str, case: str, seed
     assert_stacked_experts_are_read(pair(FAMILIES[name], case), tmp_path)
 
 
-def test_biases_that_training_moved_reach_transformers(tmp_path: Path, tiny_flags: list[str]) -> None:
-    flags = [
-        *tiny_flags,
-        "--model.name=deepseek_v3",
-        "--model.flavor=debug",
-        "--training.steps=2",
-        f"--job.run_dir={tmp_path / 'run'}",
-        "--checkpoint.interval=2",
-    ]
-    train(read_job([CONFIG], flags))
-    assert main(["convert", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
-    ours = load(tmp_path / "run", device="cpu")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+def test_biases_that_training_moved_reach_transformers_and_are_frozen_on_demand(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    flags = [*tiny_flags, "--model.name=deepseek_v3", "--model.flavor=debug", "--training.steps=2"]
+    train(read_job([CONFIG], [*flags, f"--job.run_dir={tmp_path / 'run'}"]))
+    hf = tmp_path / "hf"
+    assert main(["convert", str(tmp_path / "run"), "--to", "hf", "--out", str(hf)]) == 0
+    ours = load(tmp_path / "run", device="cpu").model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     bias = theirs.model.layers[1].mlp.gate.e_score_correction_bias
     assert set(bias.mul(1000).round().tolist()) & {-2.0, 2.0}  # two steps of 0.001
     tokens = random_tokens(0)
-    assert (ours.model(tokens) - theirs(tokens).logits).abs().max() <= 2e-5
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() <= 2e-5
+    more = [f"--checkpoint.initial_load_path={hf}", "--model.blocks.moe.ffn.bias_update_speed=0"]
+    train(read_job([CONFIG], [*flags, *more, f"--job.run_dir={tmp_path / 'tuned'}"]))
+    tuned = load(tmp_path / "tuned", device="cpu").model
+    for before, after in zip(expert_layers(ours), expert_layers(tuned), strict=True):
+        assert torch.equal(before.router.expert_bias, after.router.expert_bias)
+        assert not torch.equal(before.router.weight, after.router.weight)
