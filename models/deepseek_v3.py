@@ -5,8 +5,8 @@ softmax; behind a few dense layers every MLP is experts, chosen by sigmoid score
 instead of a loss, from the best groups, beside a shared one; weights begin with deviation 0.006.
 
 Checkpoints turn neighbouring channels; rows are permuted when they are read. `e_score_correction_bias`, a buffer, is
-our router's `expert_bias`: it goes on moving by `bias_update_speed` in training, 0 freezes it. Layers behind the last,
-which predict a second token, have no counterpart here, and a checkpoint that has them is refused.
+our router's `expert_bias`: it goes on moving by `bias_update_speed` in training, 0 freezes it. A layer behind the last
+is multi-token prediction (models/blocks/mtp.py), computed as transformers does; flavors are without it.
 
 Unverified, for want of the released files: Moonlight's eps (1e-6 is the class's; public copies differ).
 """
@@ -23,11 +23,19 @@ from nanovl.models.blocks.init import InitConfig
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.moe import MoeConfig
+from nanovl.models.blocks.mtp import MtpConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
-from nanovl.models.hf_config import decoder_to_hf, expect, rope_from_hf, rope_to_hf, same_or_refuse
-from nanovl.models.hf_keys import MLP, ROUTED, decoder_rules, expert_rules, latent_rules
+from nanovl.models.hf_config import (
+    MTP_LAYERS,
+    decoder_to_hf,
+    expect,
+    rope_from_hf,
+    rope_to_hf,
+    same_or_refuse,
+)
+from nanovl.models.hf_keys import MLP, ROUTED, decoder_rules, expert_rules, latent_rules, with_mtp_rules
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -214,7 +222,7 @@ def first_dense_from_hf(
         scale=hf["routed_scaling_factor"],
         normed=hf["norm_topk_prob"],
     )
-    return first_dense(
+    config = first_dense(
         mixer,
         moe,
         layers=hf["num_hidden_layers"],
@@ -227,6 +235,14 @@ def first_dense_from_hf(
         tie=hf.get("tie_word_embeddings", False),
         init=init,
     )
+    if depths := hf.get(MTP_LAYERS):
+        config.mtp = MtpConfig(num_layers=depths, block=_mtp_block(config))
+    return config
+
+
+def _mtp_block(config: DecoderConfig) -> str | None:
+    """Modules of these families have experts: how their template is to be named."""
+    return None if config.layer_names()[-1] == "moe" else "moe"
 
 
 def first_dense_to_hf(
@@ -260,6 +276,9 @@ def first_dense_to_hf(
         context=config.max_position_embeddings,
         tie=config.tie_word_embeddings,
     )
+    if config.mtp is not None:
+        named = config.mtp.block if config.mtp.block == "moe" else _mtp_block(config)
+        plain.mtp = MtpConfig(num_layers=config.mtp.num_layers, block=named)
     same_or_refuse(config, plain, architecture)
     return {
         **decoder_to_hf(config, mixer, architecture, model_type),
@@ -275,7 +294,7 @@ def first_dense_to_hf(
         "topk_group": moe.topk_group,
         "routed_scaling_factor": moe.routed_scaling_factor,
         "norm_topk_prob": moe.norm_topk_prob,
-        "num_nextn_predict_layers": 0,
+        MTP_LAYERS: 0 if config.mtp is None else config.mtp.num_layers,
     }
 
 
@@ -291,6 +310,11 @@ def parts(config: DecoderConfig, architecture: str) -> tuple[MlpConfig, MoeConfi
 
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
     """The key map."""
+    return with_mtp_rules(config, main_rules(config))
+
+
+def main_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
+    """The key map without multi-token prediction."""
     mixer = config.blocks["moe"].mixer
     assert isinstance(mixer, MlaConfig)
     moe = parts(config, ARCHITECTURE)[1]

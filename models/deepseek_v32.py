@@ -27,11 +27,12 @@ from nanovl.models.deepseek_v3 import (
     first_dense_from_hf,
     first_dense_to_hf,
     latent,
+    main_rules,
     small_latent,
     yarn,
 )
-from nanovl.models.deepseek_v3 import key_rules as v3_key_rules
 from nanovl.models.hf_config import expect, rope_from_hf
+from nanovl.models.hf_keys import with_mtp_rules
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "DeepseekV32ForCausalLM"
@@ -109,7 +110,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
     """The key map."""
     theirs, ours = "model.layers.{i}.self_attn.indexer", "layers.{i}.mixer.indexer"
-    return [*v3_key_rules(config), *(KeyRule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in INDEXER.items())]
+    indexer = [KeyRule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in INDEXER.items()]
+    return with_mtp_rules(config, [*main_rules(config), *indexer])
 
 
 FAMILY = ModelFamily(

@@ -1,8 +1,8 @@
 """GLM-4.5 (arXiv:2508.06471): the experts of DeepSeek-V3 without groups, behind grouped-query attention.
 
 Different from Llama: half of a head's channels turn; queries, keys and values have biases, and in the largest size
-queries and keys are normed; behind a few dense layers every MLP is experts, as DeepSeek-V3's. Layers behind the last,
-which predict a second token, have no counterpart here, and a checkpoint that has them is refused.
+queries and keys are normed; behind a few dense layers every MLP is experts, as DeepSeek-V3's. A layer behind the last
+is multi-token prediction, as there.
 
 transformers' class defaults are no released model: those have biases and base 1e6, as public copies of their files say.
 """
@@ -25,7 +25,7 @@ from nanovl.models.deepseek_v3 import (
     parts,
 )
 from nanovl.models.hf_config import rope_from_hf
-from nanovl.models.hf_keys import ATTENTION, MLP, ROUTED, decoder_rules, expert_rules
+from nanovl.models.hf_keys import ATTENTION, MLP, ROUTED, decoder_rules, expert_rules, with_mtp_rules
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
@@ -133,7 +133,11 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
     """The key map."""
     moe = parts(config, ARCHITECTURE)[1]
-    return [*decoder_rules(config, {**ATTENTION, **MLP, **ROUTED}), *expert_rules(moe.num_experts)]
+    rules: list[KeyRule | KeyGroup] = [
+        *decoder_rules(config, {**ATTENTION, **MLP, **ROUTED}),
+        *expert_rules(moe.num_experts),
+    ]
+    return with_mtp_rules(config, rules)
 
 
 FAMILY = ModelFamily(

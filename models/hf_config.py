@@ -13,6 +13,8 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import DecoderConfig
 from nanovl.spec import computed
 
+MTP_LAYERS = "num_nextn_predict_layers"
+"""Key of the depth of multi-token prediction."""
 SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovl.errors import CheckpointError
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.decoder import DecoderConfig
 from nanovl.spec import KeyGroup, KeyRule
@@ -61,6 +62,11 @@ LATENT = {
 }
 
 
+MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "norm"}
+LAYER, MODULE = "layers.{i}.", "mtp.{i}.block."
+"""Where the tensors of a layer stand here, and those of the layer in a module of multi-token prediction."""
+
+
 def decoder_rules(config: DecoderConfig, layer: Mapping[str, str] = {**ATTENTION, **MLP}) -> list[KeyRule]:
     """The key map of a decoder whose layers hold the tensors of `layer`, theirs to ours, and norms as `config` says."""
     placements = {block.norm_placement for block in config.layers()}
@@ -87,6 +93,55 @@ def in_layers(rules: Sequence[KeyRule | KeyGroup], layers: Iterable[int]) -> lis
         for layer in layers
         for rule in rules
     ]
+
+
+def with_mtp_rules(config: DecoderConfig, rules: Sequence[KeyRule | KeyGroup]) -> list[KeyRule | KeyGroup]:
+    """`rules`, and those of multi-token prediction: DeepSeek keeps its modules as further layers, each with copies of
+    the embedding and of the head, which have to be equal."""
+    if config.mtp is None:
+        return [*rules]
+    places = range(config.num_hidden_layers, config.num_hidden_layers + config.mtp.num_layers)
+    copies = {"embed_tokens.weight": ["embed_tokens"], "lm_head.weight": ["shared_head.head"]}
+    if config.tie_word_embeddings:
+        copies = {"embed_tokens.weight": ["embed_tokens", "shared_head.head"]}
+    shared = [
+        _copied(rule, [f"model.layers.{i}.{name}.weight" for i in places for name in copies[rule.ours]])
+        if isinstance(rule, KeyRule) and rule.ours in copies
+        else rule
+        for rule in rules
+    ]
+    own = [KeyRule(f"model.layers.{{i}}.{a}.weight", f"mtp.{{i}}.{b}.weight") for a, b in MTP.items()]
+    inside = [moved for rule in rules if (moved := _in_module(rule)) is not None]
+    return [*shared, *in_layers([*inside, *own], places)]
+
+
+def _in_module(rule: KeyRule | KeyGroup) -> KeyRule | KeyGroup | None:
+    """The rule of a layer, for the layer in a module; None where it is of no layer."""
+    if isinstance(rule, KeyRule):
+        inside = rule.ours.startswith(LAYER)
+        return replace(rule, ours=rule.ours.replace(LAYER, MODULE)) if inside else None
+    inside = all(name.startswith(LAYER) for name in rule.ours)
+    return replace(rule, ours=tuple(n.replace(LAYER, MODULE) for n in rule.ours)) if inside else None
+
+
+def _copied(rule: KeyRule, copies: Sequence[str]) -> KeyGroup:
+    """`rule` where the same tensor also stands under other names."""
+
+    def first(values: Sequence[Tensor]) -> Sequence[Tensor]:
+        different = [
+            n for n, value in zip(copies, values[1:], strict=True) if not torch.equal(value, values[0])
+        ]
+        if different:
+            raise CheckpointError(
+                f"{different[0]} is not equal to {rule.theirs}, which multi-token prediction shares here; "
+                "a module with an embedding or a head of its own cannot be read"
+            )
+        return values[:1]
+
+    def every(values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [values[0], *(values[0].clone() for _ in copies)]  # files hold no tensor twice
+
+    return KeyGroup((rule.theirs, *copies), (rule.ours,), first, every)
 
 
 def expert_rules(experts: int) -> list[KeyGroup]:

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.mesh import copy_full
+from nanovl.models.hf_config import MTP_LAYERS
 from nanovl.registry import family_of
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelSpec
+
+MTP_MODULE = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+"""A tensor that each module of multi-token prediction has, and no layer."""
 
 
 def spec_of_directory(folder: Path) -> ModelSpec:
@@ -26,12 +31,22 @@ def spec_of_directory(folder: Path) -> ModelSpec:
     except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json: names no architecture: {error!r}") from None
     try:
+        config |= _modules_there_are(config, folder)
         found = family_of(architecture, config.get("model_type", ""))
         return ModelSpec(found, _hf(found.hf).config_from_hf(config))
     except KeyError as error:
         raise CheckpointError(f"{folder}/config.json: has no {error}") from None
     except ConfigError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from None
+
+
+def _modules_there_are(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """The depth of multi-token prediction, by the files: transformers leaves its modules out when it saves, and their
+    number in config.json."""
+    if not config.get(MTP_LAYERS):
+        return {}
+    places = [match[1] for name in tensor_places(folder) if (match := MTP_MODULE.fullmatch(name))]
+    return {MTP_LAYERS: sum(int(place) >= config["num_hidden_layers"] for place in places)}
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -79,8 +94,12 @@ def load_hf_weights(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
             elsewhere = not here.keys() >= set(group.ours)
             if elsewhere or any(theirs not in places for theirs in group.theirs):
                 continue
-            values = [files[places[theirs]].get_tensor(theirs) for theirs in group.theirs]
-            for ours, value in zip(group.ours, group.to_ours(values), strict=True):
+            try:
+                values = group.to_ours([files[places[theirs]].get_tensor(theirs) for theirs in group.theirs])
+            except CheckpointError as error:
+                wrong.append(str(error))
+                continue
+            for ours, value in zip(group.ours, values, strict=True):
                 if value.shape != here[ours].shape:
                     shapes = f"is {tuple(value.shape)}, the model wants {tuple(here[ours].shape)}"
                     wrong.append(f"{' + '.join(group.theirs[:2])} {shapes}")
@@ -187,10 +206,10 @@ def _names(name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _patterns(name: str) -> Iterator[tuple[str, str]]:
-    """`name` with each of its numbers as {i}, and that number; and as it is."""
+    """`name` as it is, which says most; then with each of its numbers as {i}, and that number."""
+    yield name, ""
     for match in re.finditer(r"(?<=\.)\d+(?=\.)", name):
         yield f"{name[: match.start()]}{{i}}{name[match.end() :]}", match[0]
-    yield name, ""
 
 
 def _at(rule: KeyRule | KeyGroup, layer: str) -> Group:

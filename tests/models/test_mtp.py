@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanovl.build import matrix_parameters
 from nanovl.config.schema import Model
 from nanovl.errors import ConfigError
+from nanovl.flops import causal_keys, training_flops_per_token
 from nanovl.inference.cache import KVCache
 from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.decoder import Decoder
-from nanovl.registry import resolve_model, spec_from_dict, spec_to_dict
+from nanovl.registry import family, resolve_model, spec_from_dict, spec_to_dict
 from nanovl.report.facts import parameter_counts
 from nanovl.spec import IGNORE_INDEX, Batch, Inputs, ModelSpec, run_batch
 from nanovl.step import cross_entropies, loss_weights, mtp_factor
@@ -182,6 +183,32 @@ def test_parameters_are_counted() -> None:
     assert parameter_counts(found)[0] - parameter_counts(plain)[0] == 2 * (layer + 3 * size + 2 * size * size)
     weights = layer - 2 * size - 2 * plain.config.blocks["full"].mixer.head_dim  # without its norms
     assert matrix_parameters(found) - matrix_parameters(plain) == 2 * (weights + 2 * size * size)
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "parameters"),
+    [
+        # transformers' MtpModel of these configs, built on the meta device
+        ("deepseek_v3", "671b-a37b", 11.610e9),
+        ("glm4_moe", "106b-a12b", 2.375e9),
+        ("glm4_moe", "355b-a32b", 3.988e9),
+    ],
+)
+def test_released_sizes(name: str, flavor: str, parameters: float) -> None:
+    vocab = family(name).flavors[flavor]().vocab_size
+    plain, found = (
+        resolve_model(Model(name=name, flavor=flavor, overrides=overrides), vocab)
+        for overrides in ({}, {"mtp": {"num_layers": 1}})
+    )
+    more = parameter_counts(found)[0] - parameter_counts(plain)[0]
+    assert more == pytest.approx(parameters, rel=1e-4)
+    if name == "deepseek_v3":
+        with torch.device("meta"):
+            flops = [
+                training_flops_per_token(s.family.model(s.config), causal_keys(4096)) for s in (plain, found)
+            ]
+        # 6 x (attention, 8 of 256 experts, shared one, router, eh_proj, head) + 6 x 128 heads x 320 x 2048.5 keys
+        assert flops[1] - flops[0] == pytest.approx(10.19e9, rel=1e-3)
 
 
 def test_a_module_is_built_of_the_named_template() -> None:
