@@ -50,13 +50,17 @@ class Measured:
 
 def said(one: ModelFamily) -> list[str]:
     """Cells that need no measurement: name, what it is, sizes, class."""
-    sizes = []
-    for flavor, make in one.flavors.items():
-        if flavor != "debug":
-            model = meta_model(ModelSpec(one, make(), flavor))
-            sizes.append(f"{flavor} ({short(sum(p.numel() for p in model.parameters()))})")
+    counts = {
+        flavor: sum(p.numel() for p in meta_model(ModelSpec(one, make(), flavor)).parameters())
+        for flavor, make in one.flavors.items()
+        if flavor != "debug"
+    }
+    sizes = [
+        f"{flavor} ({short(count)})" for flavor, count in sorted(counts.items(), key=lambda item: item[1])
+    ]
+    shown = f"{sizes[0]} to {sizes[-1]}, {len(sizes)} in all" if len(sizes) > 6 else ", ".join(sizes)
     named = "" if one.hf is None else f"`{one.hf.architecture}`"
-    return [f"`{one.name}`", one.summary, ", ".join(sizes), named]
+    return [f"`{one.name}`", one.summary, shown, named]
 
 
 def checkpoints(one: ModelFamily) -> str:
@@ -99,7 +103,11 @@ def measured(of: Any) -> Measured:
 
 def row(one: ModelFamily, of: Measured | None) -> str:
     """One line of the table; None = there is nothing to measure it against."""
-    found = ["", ""] if of is None else [f"{of.logits:.1e}", "equal" if of.greedy else "NOT equal"]
+    found = (
+        ["", ""]
+        if of is None
+        else [f"{of.logits:.1e}" if of.logits else "0", "equal" if of.greedy else "NOT equal"]
+    )
     files = checkpoints(one) if of is None or of.checkpoints else "NOT equal"
     return "| " + " | ".join([*said(one), *found, files]) + " |"
 
