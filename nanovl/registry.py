@@ -31,6 +31,8 @@ MODELS = {
     "olmo3": "nanovl.models.olmo3",
     "smollm3": "nanovl.models.smollm3",
     "gemma3": "nanovl.models.gemma3",
+    "gpt_oss": "nanovl.models.gpt_oss",
+    "grok2": "nanovl.models.grok2",
 }
 
 

@@ -96,7 +96,7 @@ def _shrunk_fields(config: Any, job: Job, seq_len: int, layers: int) -> Any:
             active = config.num_experts_per_tok * config.n_group // config.topk_group
             wanted = (p.expert_parallel_degree, config.n_group)
             changes[field.name] = _smallest(value, wanted, max(4, active))
-        elif field.name in ("sliding_window", "index_topk") and value:
+        elif field.name in ("sliding_window", "attn_temperature_len", "index_topk") and value:
             changes[field.name] = min(value, seq_len // 4)
         elif field.name == "max_position_embeddings":
             changes[field.name] = seq_len

@@ -43,8 +43,11 @@ COUNTS = {
     ("kimi_k2", "1t-a32b"): 1_026_408_209_408,
     ("glm4_moe", "106b-a12b"): 106_852_245_504,
     ("glm4_moe", "355b-a32b"): 352_797_814_784,
+    ("gpt_oss", "20b"): 20_914_757_184,
+    ("gpt_oss", "120b"): 116_829_156_672,
+    ("grok2", "270b-a115b"): 269_515_497_472,
 }
-"""Parameters of the same sizes built by transformers; see tests/parity/test_flavors_hf.py."""
+"""Parameters of the same sizes built by transformers, see tests/parity/test_flavors_hf.py; Grok-2's as published."""
 INDEXER = IndexerConfig(index_n_heads=16, index_head_dim=16, index_topk=4)
 NAMES = sorted({name for name, _ in COUNTS})
 
@@ -133,6 +136,7 @@ def test_shrunk_groups_still_hold_a_tokens_experts() -> None:
         ("deepseek_v32", "dense", {"indexer": INDEXER}, r"dense\.mixer\.indexer\.index_topk = 4: .* has 16"),
         ("kimi_k2", "moe", {"latent_norm_eps": 1e-5}, "latent_norm_eps = 1e-05: .* has 1e-06 there"),
         ("glm4_moe", "moe", {"o_bias": True}, r"blocks\.moe\.mixer\.o_bias = True"),
+        ("gpt_oss", "full", {"sinks": False}, "sinks = False: .* GptOssForCausalLM has True"),
     ],
 )
 def test_what_transformers_cannot_say_is_refused(

@@ -75,6 +75,17 @@ MODELS_WITH_EXPERTS: dict[str, Model] = {
     # latent attention, YaRN, a dense layer before the experts, groups, biases, a shared expert
     "deepseek_v3": Model(name="deepseek_v3", flavor="debug"),
 }
+# biased experts, sinks, windows below a row's length
+MODELS_WITH_EXPERTS["gpt_oss"] = Model(
+    name="gpt_oss", flavor="debug", overrides={"blocks": {"sliding": {"mixer": {"sliding_window": 8}}}}
+)
+# a shared expert in parallel, caps, scores that grow with the place; of 8 experts, one token's second and third are so
+# near in the fourth step that rounding decides
+MODELS_WITH_EXPERTS["grok2"] = Model(
+    name="grok2",
+    flavor="debug",
+    overrides={"blocks": {"full": {"mixer": {"attn_temperature_len": 4}, "ffn": {"num_experts": 4}}}},
+)
 MODELS |= MODELS_WITH_EXPERTS
 MODELS["qwen3 muon"] = MODELS["qwen3"]
 GROUPS = {

@@ -50,7 +50,12 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2 x etp2": (4, {**EP2, **ETP2}),
     "ep2 over cp2": (2, {"context_parallel_degree": 2, **EP2}),
 }
-EVERY_DAY = {("moe", "ep2 x fsdp2"), ("moe sigmoid", "ep4 over tp2 x fsdp2"), ("moe sigmoid", "etp2")}
+EVERY_DAY = {
+    ("moe", "ep2 x fsdp2"),
+    ("moe sigmoid", "ep4 over tp2 x fsdp2"),
+    ("moe sigmoid", "etp2"),
+    ("gpt_oss", "ep2 x etp2"),
+}
 
 
 @pytest.mark.parametrize(

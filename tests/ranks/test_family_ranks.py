@@ -16,6 +16,7 @@ MESHES: list[tuple[str, int, dict[str, Any]]] = [
     ("gemma3", 2, tp()),
     ("sinks", 2, tp()),
     ("mla", 2, tp()),
+    ("gpt_oss", 2, cp(context_parallel_method="ring")),
     ("mla", 2, cp()),
     ("mla", 2, cp(context_parallel_method="ring")),
     ("mla", 2, cp(context_parallel_method="ulysses")),
@@ -31,12 +32,19 @@ MESHES: list[tuple[str, int, dict[str, Any]]] = [
     ("sinks", 2, cp(context_parallel_method="ulysses")),
     ("sinks", 2, pp()),
     ("sinks", 4, {"data_parallel_shard_degree": 4}),
+    ("gpt_oss", 2, cp()),
+    ("gpt_oss", 2, cp(context_parallel_method="ulysses")),
+    ("gpt_oss", 2, pp()),
+    ("grok2", 2, cp()),
+    ("grok2", 2, pp()),
+    ("grok2", 2, cp(context_parallel_method="ulysses")),
+    ("grok2", 4, {**tp(), **cp(context_parallel_method="ring")}),
 ]
 
 
 @pytest.mark.parametrize(
     ("model", "world", "mesh"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if i >= 4 else []) for i, case in enumerate(MESHES)],
+    [pytest.param(*case, marks=[pytest.mark.slow] if i >= 5 else []) for i, case in enumerate(MESHES)],
     ids=lambda value: "-".join(f"{k[:4]}{v}" for k, v in value.items()) if isinstance(value, dict) else None,
 )
 def test_the_same_as_on_one_rank(model: str, world: int, mesh: dict[str, Any]) -> None:

@@ -1,0 +1,142 @@
+"""Grok-2 against a second implementation, written from sglang's grok.py, since transformers has no such class."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovl.checkpoint.hf import spec_of_directory
+from nanovl.errors import CheckpointError
+from nanovl.inference.engine import Engine
+from nanovl.models.decoder import Decoder
+from nanovl.models.grok2 import grok2
+
+TOKENS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS = 40, 32, 6, 2, 8, 5
+THETA, TEMPERATURE_LEN = 1e4, 7
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def glu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return (F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T)) @ down.T
+
+
+def turned(x: Tensor) -> Tensor:
+    """[tokens, heads, channels]; channel i turns with channel i + half."""
+    half = HEAD_DIM // 2
+    angle = torch.arange(len(x))[:, None] * THETA ** (-torch.arange(half) / half)
+    cos, sin, a, b = angle.cos()[:, None], angle.sin()[:, None], x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    q, k, v = ((x @ w[f"{name}_proj.weight"].T).view(len(x), -1, HEAD_DIM) for name in "qkv")
+    k, v = (y.repeat_interleave(HEADS // KV_HEADS, dim=1) for y in (turned(k), v))
+    score = 30 * torch.tanh(torch.einsum("thd,shd->hts", turned(q), k) * HEAD_DIM**-0.5 / 30)
+    for t in range(TEMPERATURE_LEN + 1, len(x)):
+        score[:, t] = score[:, t] * (math.log2(t) / math.log2(TEMPERATURE_LEN))
+    score = score + torch.full(score.shape[1:], float("-inf")).triu(1)
+    return torch.einsum("hts,shd->thd", score.softmax(-1), v).flatten(1) @ w["o_proj.weight"].T
+
+
+def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    chance = (30 * torch.tanh(x @ w["router.weight"].T / 30)).softmax(-1)
+    best = chance.topk(2).indices
+    experts = [
+        glu(x, *(w[f"experts.{n}_proj"][e] for n in ("gate", "up", "down"))) * chance[:, e, None]
+        for e in range(EXPERTS)
+    ]
+    moe = torch.stack([out * (best == e).any(-1, keepdim=True) for e, out in enumerate(experts)]).sum(0)
+    return (glu(x, *(w[f"shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down"))) + moe) / 2**0.5
+
+
+def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def logits_of(tokens: Tensor, w: dict[str, Tensor], layers: int) -> Tensor:
+    """Of one row."""
+    x = w["embed_tokens.weight"][tokens] * HIDDEN**0.5
+    for i in range(layers):
+        layer = below(w, f"layers.{i}.")
+        for part, mixes in (("mixer", attention), ("ffn", feed_forward)):
+            out = mixes(normed(x, layer[f"{part}_pre_norm.weight"]), below(layer, f"{part}."))
+            x = x + normed(out, layer[f"{part}_post_norm.weight"])
+    logits = normed(x, w["norm.weight"]) @ w["lm_head.weight"].T * 0.5
+    return 50 * torch.tanh(logits / 50)
+
+
+def model_of(seed: int) -> Decoder:
+    """With weights so large that every cap is felt."""
+    config = grok2(
+        layers=2,
+        hidden=HIDDEN,
+        ffn=40,
+        expert_ffn=24,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        experts=EXPERTS,
+        vocab=97,
+        theta=THETA,
+        temperature_len=TEMPERATURE_LEN,
+    )
+    config.validate()
+    model, generator = Decoder(config), torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        std = 2.0 if "lm_head" in name or "router" in name or "q_proj" in name else 0.3
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, std, generator=generator)
+    return model
+
+
+def tokens_of(seed: int, length: int = TOKENS) -> Tensor:
+    return torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_and_all_gradients(seed: int) -> None:
+    model, tokens = model_of(seed), tokens_of(seed)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected, actual = logits_of(tokens, weights, 2), model(tokens[None])[0]
+    assert expected.abs().max() > 15  # of 50
+    assert (expected - actual).abs().max() <= 1e-4
+    for logits in (expected, actual):
+        F.cross_entropy(logits[:-1], tokens[1:]).backward()
+    for name, parameter in model.named_parameters():
+        wanted = weights[name].grad
+        assert wanted is not None
+        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
+def test_places_are_those_in_the_document() -> None:
+    model, tokens = model_of(0), tokens_of(1)
+    positions = torch.cat((torch.arange(25), torch.arange(15)))[None]
+    packed = model(tokens[None], positions, (positions == 0).cumsum(1))[0]
+    weights = dict(model.named_parameters())
+    separate = torch.cat([logits_of(part, weights, 2) for part in tokens.split((25, 15))])
+    assert (packed - separate).abs().max() <= 1e-4
+
+
+def test_greedy_tokens_through_the_cache() -> None:
+    model, prompts = model_of(0), [tokens_of(2, 5).tolist(), tokens_of(3, 12).tolist()]
+    weights = dict(model.named_parameters())
+    for prompt, completion in zip(prompts, Engine(model).generate(prompts, max_tokens=15), strict=True):
+        row = list(prompt)
+        with torch.no_grad():
+            for _ in completion.ids:
+                row.append(int(logits_of(torch.tensor(row), weights, 2)[-1].argmax()))
+        assert row[len(prompt) :] == completion.ids
+
+
+def test_released_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Grok1ForCausalLM"]}))
+    with pytest.raises(CheckpointError, match="Grok1ForCausalLM is none of"):
+        spec_of_directory(tmp_path)
