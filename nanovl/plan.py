@@ -34,6 +34,7 @@ NAMES = {
     "gathered": "gathered weights",
     "activations": "activations kept",
     "working": "working memory",
+    "passes": "at most in forward and backward",
     "update": "inside the update",
 }
 REMEDIES = {
@@ -163,7 +164,7 @@ def _memory(plan: Plan) -> list[str]:
     shown = [plan.ranks[0]] if plan.worst is plan.ranks[0] else [plan.ranks[0], plan.worst]
     host = {"parameters", "gradients", "optimizer"} if plan.offloaded else set()
     rows: list[list[object]] = []
-    for part in [p for p in dataclasses.fields(shown[0].memory) if p.name != "accumulates"]:
+    for part in dataclasses.fields(shown[0].memory):
         name = NAMES.get(part.name, part.name) + (" (in host memory)" if part.name in host else "")
         rows.append([name, *(f"{getattr(rank.memory, part.name) / GIB:.2f}" for rank in shown)])
         if part.name == "working":
@@ -181,7 +182,7 @@ def _verdict(plan: Plan, host: set[str]) -> list[str]:
     ]
     if not plan.fits:
         parts = dataclasses.asdict(worst.memory)
-        in_update = worst.memory.in_passes < plan.bytes_of(worst) and not plan.offloaded
+        in_update = worst.memory.passes < plan.bytes_of(worst) and not plan.offloaded
         counted = REMEDIES.keys() - host - {"activations" if in_update else "update"}
         most = max(counted, key=lambda name: parts[name])
         lines.append(f"  the most are {NAMES.get(most, most)}; {REMEDIES[most]} makes them fewer")

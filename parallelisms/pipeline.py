@@ -114,6 +114,7 @@ class Pipeline:
         }
         for kind, stage, i in self.plan(len(batches))[self.rank]:
             do[kind](step, stage, i)
+            self._let_go(step.leaving)
         for sent in step.leaving:
             wait(sent)
         left_over = [*step.passages, *step.streams, *step.gradients]
@@ -221,7 +222,6 @@ class Pipeline:
 
     def _send_stream(self, step: Step, stage: int, i: int) -> None:
         step.leaving.append(self._send(step.streams.pop((stage + 1, i)), self.rank_of[stage + 1]))
-        _let_go(step.leaving)
 
     def _receive_stream(self, step: Step, stage: int, i: int) -> None:
         room = self._room(stage, step.batches[i])
@@ -229,7 +229,6 @@ class Pipeline:
 
     def _send_gradient(self, step: Step, stage: int, i: int) -> None:
         step.leaving.append(self._send(step.gradients.pop((stage - 1, i)), self.rank_of[stage - 1]))
-        _let_go(step.leaving)
 
     def _receive_gradient(self, step: Step, stage: int, i: int) -> None:
         room = tuple(torch.empty_like(tensor) for tensor in step.passages[stage, i].outputs)
@@ -252,6 +251,18 @@ class Pipeline:
         ]
         return send(stream, to, self.group)
 
+    def _let_go(self, leaving: deque[Sent]) -> None:
+        """Free tensors that have been sent.
+
+        A gloo transfer never says so by itself, so an old one is waited for; it is no risk, since the orders of all
+        ranks would run with transfers that block.
+        """
+        while leaving and (
+            len(leaving) > self.config.pipeline_parallel_degree
+            or all(work.is_completed() for work in leaving[0][1])
+        ):
+            wait(leaving.popleft())
+
     def _receive(self, room: Stream, source: int) -> Sent:
         return receive(room, source, self.group)
 
@@ -259,9 +270,3 @@ class Pipeline:
 def _take(ready: dict[Place, Stream], arriving: dict[Place, Sent], place: Place) -> Stream:
     """Tensors made on this rank or, once they are here, on another."""
     return ready.pop(place) if place in ready else wait(arriving.pop(place))
-
-
-def _let_go(leaving: deque[Sent]) -> None:
-    """Free tensors that have been sent."""
-    while leaving and all(work.is_completed() for work in leaving[0][1]):
-        wait(leaving.popleft())

@@ -117,7 +117,7 @@ def plan(asked: PlannedJob, gpu: Gpu, mfu_ceiling: float, gpus_per_node: int) ->
     config = asked.job.parallelism
     # neither can be applied to a CPU's mesh, and both leave sizes and traffic as they are
     here = replace(config, enable_cpu_offload=False, enable_async_tensor_parallel=False)
-    built = replace(asked, job=replace(asked.job, parallelism=here))
+    built = replace(asked, job=replace(asked.job, parallelism=here), offloaded=config.enable_cpu_offload)
     pp = config.pipeline_parallel_degree
     ranks = plan_ranks(built, [rank * asked.world_size // pp for rank in range(pp)])
     *layers, head = costs(meta_model(asked), asked.job.training.seq_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -27,17 +28,17 @@ from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.parallelisms.pipeline_schedule import Action
 from nanovl.planning.groups import Groups
 from nanovl.planning.ledger import Account, Ledger, Traffic
+from nanovl.planning.passes import most_in_passes
 from nanovl.planning.processes import each_in_a_process
 from nanovl.planning.rehearsal import Rehearsed
 from nanovl.planning.schedule import most_alive
 from nanovl.planning.sharding import (
-    Unit,
+    StageUnits,
     UseOfUnits,
     fsdp_traffic,
     gathered_bytes,
     local_bytes,
     units_of,
-    working_bytes,
 )
 from nanovl.planning.stages import PlannedJob, cut_alike, meta_model, rehearse_stages, transfers
 from nanovl.step import sum_over_ranks
@@ -47,8 +48,6 @@ Purpose = Literal["sharding", "layers", "stages", "update"]
 
 CPU = torch.device("cpu")
 NOBODY = Log(-1)
-ONE_BY_ONE = [Action("forward", 0, 0), Action("backward", 0, 0)]
-"""The order of work without a pipeline: each micro-batch leaves nothing behind."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +62,23 @@ class Memory:
     activations: int
     """Kept from forward to backward, of all micro-batches in flight."""
     working: int
-    """Beside these, at most: inside of a layer, in the loss, and while gradients are summed."""
+    """Beside these, at most: inside of a layer and in the loss."""
     update: int
     """Beside parameters, gradients and optimizer state, at most: inside of the optimizers' step."""
-    accumulates: bool
-    """Whether gradients are there before the last forward."""
+    passes: int
+    """Everything at most during forward and backward, when not all of the above is there at the same time; of an
+    offloaded job what is on the GPU."""
 
     @property
     def persistent(self) -> int:
         """What is there between steps, and gradients."""
         return self.parameters + self.gradients + self.optimizer
 
-    @property
-    def in_passes(self) -> int:
-        """At most during forward and backward. Gradients that were not there before come as activations go."""
-        growing = (sum if self.accumulates else max)((self.gradients, self.activations))
-        return self.parameters + self.optimizer + self.gathered + growing + self.working
-
     def most(self, *, offloaded: bool) -> int:
         """At most on the GPU; `offloaded` = what persists is on the host, and updated there."""
         if offloaded:
-            return self.gathered + self.activations + self.working
-        return max(self.in_passes, self.persistent + self.update)
+            return self.passes
+        return max(self.passes, self.persistent + self.update)
 
 
 @dataclass(frozen=True)
@@ -135,23 +129,29 @@ def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
     # not under the mode: the optimizers read ranks off the mesh, which must stay real
     optimizers = build_optimizers(job, asked.spec, parallel, asked.rules, asked.modes, NOBODY)
     balance, index_losses = ExpertBalance(parallel.whole, mesh), IndexLosses(parallel.whole, mesh)
+    micro_batches = asked.micro_batches(mesh)
+    if parallel.pipeline is not None:
+        order = parallel.pipeline.plan(micro_batches)[mesh.rank("pp")]
+    else:
+        order = [Action(kind, 0, i) for i in range(micro_batches) for kind in ("forward", "backward")]
+    split_backward = any(action.kind == "backward_weight" for action in order)
     with fake:
         update = _update(parallel, optimizers, balance, index_losses)
-        runs = rehearse_stages(asked, parallel, unsharded, asked.rows_at_once(mesh))
-    micro_batches = asked.micro_batches(mesh)
-    order = parallel.pipeline.plan(micro_batches)[mesh.rank("pp")] if parallel.pipeline else ONE_BY_ONE
+        runs = rehearse_stages(asked, parallel, unsharded, asked.rows_at_once(mesh), split_backward)
     use = _use_of_units(asked, mesh)
-    units = [unit for part in parallel.parts for unit in units_of(part, mesh, use.reshards)]
+    units = {
+        stage: units_of(part, mesh, use.reshards) for stage, part in zip(runs, parallel.parts, strict=True)
+    }
     groups, layers = Groups(mesh), Traffic()
     for run in runs.values():
         layers.add_all(run.traffic, micro_batches)
     return RankPlan(
         rank=rank,
         layers=[int(index) for part in parallel.parts for index in part.layers],
-        memory=_memory(parallel, optimizers, units, use, runs, order, update),
+        memory=_memory(parallel, optimizers, units, use, runs, order, update, offloaded=asked.offloaded),
         logits=max(run.head_bytes for run in runs.values()),
         traffic={
-            "sharding": fsdp_traffic(units, use),
+            "sharding": fsdp_traffic(chain.from_iterable(u.all for u in units.values()), use),
             "layers": groups.named(layers),
             "stages": transfers(order, runs),
             "update": groups.named(update.traffic),
@@ -159,7 +159,7 @@ def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
         members=groups.members,
         micro_batches=micro_batches,
         in_flight=most_alive(order, dict.fromkeys(runs, 1)),
-        split_backward=any(action.kind == "backward_weight" for action in order),
+        split_backward=split_backward,
         recomputed=sum(run.recomputed_flops for run in runs.values())
         / max(sum(run.forward_flops for run in runs.values()), 1.0),
         update_flops=update.flops + update.batched_flops,
@@ -169,23 +169,26 @@ def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
 def _memory(
     parallel: ParallelModel,
     optimizers: Optimizers,
-    units: list[Unit],
+    units: Mapping[int, StageUnits],
     use: UseOfUnits,
     runs: Mapping[int, Rehearsed],
     order: Sequence[Action],
     update: Account,
+    *,
+    offloaded: bool,
 ) -> Memory:
     parameters = [p for _, p in parallel.named_parameters()]
     states = (v for o in optimizers.optimizers for state in o.state.values() for v in state.values())
+    of_parameters, of_states = sum(map(local_bytes, parameters)), sum(map(local_bytes, states))
     return Memory(
-        parameters=sum(map(local_bytes, parameters)),
+        parameters=of_parameters,
         gradients=sum(local_bytes(p) for p in parameters if p.requires_grad),
-        optimizer=sum(map(local_bytes, states)),
-        gathered=gathered_bytes(units, use),
+        optimizer=of_states,
+        gathered=gathered_bytes(chain.from_iterable(u.all for u in units.values()), use),
         activations=most_alive(order, {stage: run.kept_bytes for stage, run in runs.items()}),
-        working=working_bytes(units, use, max(run.working_bytes for run in runs.values())),
+        working=max(run.working_bytes for run in runs.values()),
         update=update.peak,
-        accumulates=use.reduces > 1,
+        passes=most_in_passes(order, runs, units, use) + (0 if offloaded else of_parameters + of_states),
     )
 
 
@@ -202,6 +205,7 @@ def _use_of_units(asked: PlannedJob, mesh: Mesh) -> UseOfUnits:
         micro_batches=micro_batches,
         param_bytes=asked.modes.param_dtype.itemsize,
         reduce_bytes=getattr(torch, asked.job.training.mixed_precision_reduce).itemsize,
+        master_bytes=0 if asked.offloaded else torch.float32.itemsize,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovl.parallelisms.pipeline_backward import backward_inputs
 from nanovl.planning.ledger import Account, Ledger, Traffic
 from nanovl.spec import Inputs, Model, Stream
 
@@ -32,6 +33,18 @@ class Passed:
         return self.forward.after - self.forward.before
 
 
+@dataclass(frozen=True)
+class Moment:
+    """One piece of a part's forward or backward."""
+
+    layer: int | None
+    """Block at work, by its place in the part; None = what stands before or after the blocks."""
+    most: int
+    """Bytes alive at most, of this micro-batch, its whole gradients among them."""
+    left: int
+    """Bytes alive at the end, without gradients of the blocks."""
+
+
 @dataclass
 class Rehearsed:
     """What one micro-batch costs a rank, FSDP and the pipeline apart."""
@@ -40,6 +53,11 @@ class Rehearsed:
     """Alive between forward and backward."""
     working_bytes: int
     """Most that is alive beyond that, at any time."""
+    forward: list[Moment]
+    backward: list[Moment]
+    """Of a parted backward, the first half."""
+    parted_bytes: int
+    """Alive between the halves of a parted backward; 0 where it is not parted."""
     head_bytes: int
     """Alive at most beyond that while the loss works on its chunks of logits."""
     traffic: Traffic
@@ -53,17 +71,13 @@ class Rehearsed:
     """The same of what leaves."""
 
 
-def rehearse(part: Model, forward: Callable[[], tuple[Stream, Any]]) -> Rehearsed:
+def rehearse(
+    part: Model, forward: Callable[[], tuple[Stream, Any]], *, split_backward: bool = False
+) -> Rehearsed:
     """Run `forward`, which calls `part`, and its backward; it returns the stream that enters (empty where the model
     begins), and the loss or the stream that leaves. Wants FakeTensorMode."""
     watched = _Watched(part)
-    with watched.ledger as ledger:
-        entered, left = forward()
-        watched.enter_backward("end")
-        left = left if isinstance(left, tuple) else (left,)
-        outs = [tensor for tensor in left if tensor.requires_grad]
-        torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
-        ledger.open(Account())
+    entered, left = watched.run(forward, halves=False)
     passed, sequence = watched.passed, watched.sequence
     traffic = Traffic()
     for p in sequence:
@@ -72,10 +86,18 @@ def rehearse(part: Model, forward: Callable[[], tuple[Stream, Any]]) -> Rehearse
     layers = [p for p in sequence if p not in (passed["start"], passed["end"])]
     forward_flops = sum(p.forward.flops for p in layers)
     backward_flops = sum(p.backward.flops for p in layers)
-    kept, most = _timeline(sequence)
+    parted = split_backward and len(entered) > 0  # where the model begins nobody waits for the first half
+    if parted:
+        part.zero_grad()
+        watched.run(forward, halves=True)
+    going, coming = _moments(watched.sequence, parted)
+    kept = going[-1].left
     return Rehearsed(
         kept,
-        most - kept,
+        max(moment.most for moment in (*going, *coming)) - kept,
+        going,
+        coming,
+        coming[-1].left if parted else 0,
         passed["end"].forward.peak - passed["end"].forward.after,
         traffic,
         forward_flops,
@@ -85,17 +107,26 @@ def rehearse(part: Model, forward: Callable[[], tuple[Stream, Any]]) -> Rehearse
     )
 
 
-def _timeline(sequence: list[Passed]) -> tuple[int, int]:
-    """Bytes alive between forward and backward, and the most at any time, of layers in a row."""
-    alive = most = 0
-    for p in sequence:
-        most = max(most, alive + p.forward.peak - p.forward.before)
+def _moments(sequence: list[Passed], parted: bool) -> tuple[list[Moment], list[Moment]]:
+    """Forward and backward of pieces in a row."""
+    alive, last = 0, len(sequence) - 1
+    going: list[Moment] = []
+    coming: list[Moment] = []
+    for i, p in enumerate(sequence):
+        most = alive + p.forward.peak - p.forward.before
         alive += p.kept
-    kept = alive
-    for p in reversed(sequence):
-        most = max(most, alive + p.backward.peak - p.backward.before)
-        alive -= p.kept
-    return kept, most
+        going.append(Moment(_layer(i, last), most, alive))
+    for i, p in reversed(list(enumerate(sequence))):
+        most = alive + p.backward.peak - p.backward.before
+        grown = p.backward.after - p.backward.before
+        # FSDP takes the gradients of a block at once; those of the head wait for the end
+        alive += grown if parted or i == last else -p.kept
+        coming.append(Moment(_layer(i, last), most, alive))
+    return going, coming
+
+
+def _layer(place: int, last: int) -> int | None:
+    return place - 1 if 0 < place < last else None
 
 
 def _number_and_bytes(stream: Stream) -> tuple[int, int]:
@@ -107,13 +138,35 @@ class _Watched:
 
     def __init__(self, part: Model) -> None:
         self.ledger = Ledger()
-        self.passed: dict[str, Passed] = {"start": Passed(), "end": Passed()}
-        self.kinds: dict[Any, list[Passed]] = {}
-        self.sequence = [self.passed["start"]]
         self.begin, self.block, self.end = part.begin, part.pass_block, part.end
         self.stream_width = part.stream_width
         part.begin, part.pass_block, part.end = self._begin, self._pass_block, self._end  # type: ignore[method-assign]
+
+    def run(
+        self, forward: Callable[[], tuple[Stream, Any]], *, halves: bool
+    ) -> tuple[Stream, tuple[Tensor, ...]]:
+        """Forward and backward on new books; with `halves`, those of the first half of a parted backward."""
+        self.passed: dict[str, Passed] = {"start": Passed(), "end": Passed()}
+        self.kinds: dict[Any, list[Passed]] = {}
+        self.sequence = [self.passed["start"]]
+        self.ledger = Ledger()
         self.ledger.open(self.passed["start"].forward)
+        with self.ledger as ledger:
+            entered, left = forward()
+            self.enter_backward("end")
+            left = left if isinstance(left, tuple) else (left,)
+            outs = [tensor for tensor in left if tensor.requires_grad]
+            gradients = [torch.ones_like(tensor) for tensor in outs]
+            if halves:
+                _, later = backward_inputs(outs, gradients, entered)
+                ledger.open(Account())
+                later.run()
+            else:
+                torch.autograd.backward(outs, gradients)
+            ledger.open(Account())
+        if self.sequence[-1] is not self.passed["end"]:  # a part without the head
+            self.sequence.append(self.passed["end"])
+        return entered, left
 
     def enter_backward(self, name: str) -> None:
         self.ledger.open(self.passed[name].backward)

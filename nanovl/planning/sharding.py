@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ class Unit:
     """Freed between forward and backward."""
     partial_elements: tuple[int, ...]
     """Whole sizes of parameters of which every tensor rank has a copy: their gradients are summed one by one."""
+    largest_elements: int
+    """Of its largest parameter, when gathered."""
 
     @property
     def whole_elements(self) -> int:
@@ -37,21 +40,44 @@ class Unit:
         return self.shard_elements * self.shards
 
 
-def units_of(part: Model, mesh: Mesh, reshards: bool) -> list[Unit]:
-    """The units of a part after fully_shard, blocks first, the root last; `reshards` = the policy of blocks."""
-    found, root = [], cast(nn.Module, part)
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            parameters = list(_own_parameters(module))
-            axis: Axis = "efsdp" if any(_is_on(p, "efsdp") for p in parameters) else "fsdp"
-            elements = [local_elements(p) for p in parameters]
-            partial = [
-                n * mesh.size(axis) for n, p in zip(elements, parameters, strict=True) if _is_copied(p, "tp")
-            ]
-            found.append(
-                Unit(sum(elements), axis, mesh.size(axis), reshards and module is not root, tuple(partial))
-            )
-    return [*found[1:], found[0]]
+@dataclass(frozen=True)
+class StageUnits:
+    """The units of one stage."""
+
+    blocks: list[list[Unit]]
+    """Of each block, in order: itself, and its experts where they are apart."""
+    root: list[Unit]
+
+    @property
+    def all(self) -> list[Unit]:
+        return [*chain.from_iterable(self.blocks), *self.root]
+
+    def of(self, layer: int | None) -> list[Unit]:
+        """Those of a block; none where there is no such block."""
+        return self.blocks[layer] if layer is not None and 0 <= layer < len(self.blocks) else []
+
+
+def units_of(part: Model, mesh: Mesh, reshards: bool) -> StageUnits:
+    """The units of a part after fully_shard; `reshards` = the policy of blocks."""
+    blocks = [
+        [_unit(module, mesh, reshards) for module in block.modules() if isinstance(module, FSDPModule)]
+        for block in part.blocks()
+    ]
+    return StageUnits(blocks, [_unit(cast(nn.Module, part), mesh, False)])
+
+
+def _unit(module: nn.Module, mesh: Mesh, reshards: bool) -> Unit:
+    parameters = list(_own_parameters(module))
+    axis: Axis = "efsdp" if any(_is_on(p, "efsdp") for p in parameters) else "fsdp"
+    elements = [local_elements(p) for p in parameters]
+    return Unit(
+        sum(elements),
+        axis,
+        mesh.size(axis),
+        reshards,
+        tuple(n * mesh.size(axis) for n, p in zip(elements, parameters, strict=True) if _is_copied(p, "tp")),
+        max(elements, default=0) * mesh.size(axis),
+    )
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,8 @@ class UseOfUnits:
     """Of one gathered weight."""
     reduce_bytes: int
     """Of one gradient while it is summed."""
+    master_bytes: int
+    """Of one gradient when it is summed, as of the parameter itself; 0 where both are on the host."""
 
 
 def fsdp_traffic(units: Iterable[Unit], use: UseOfUnits) -> Traffic:
@@ -94,15 +122,6 @@ def gathered_bytes(units: Iterable[Unit], use: UseOfUnits) -> int:
     sizes = [(unit.whole_elements * use.param_bytes, unit.reshards) for unit in units]
     passing = sorted(size for size, reshards in sizes if reshards)
     return sum(size for size, reshards in sizes if not reshards) + sum(passing[-2:])
-
-
-def working_bytes(units: Collection[Unit], use: UseOfUnits, in_layers: int) -> int:
-    """Most memory at work: in layers, or, when a layer is done, its whole gradient and a copy in the dtype in which it
-    is summed. Gradients that wait for the last micro-batch are there all the time."""
-    largest, everything = (f(unit.whole_elements for unit in units) for f in (max, sum))
-    summing = largest * (use.param_bytes + use.reduce_bytes)
-    waiting = everything * use.reduce_bytes if use.reduces < use.micro_batches else 0
-    return max(in_layers, summing) + waiting
 
 
 def local_elements(tensor: torch.Tensor) -> int:

@@ -42,6 +42,8 @@ class PlannedJob:
     modes: Modes
     world_size: int
     chunk_tokens: int
+    offloaded: bool = False
+    """Parameters, gradients and optimizer state are in host memory."""
 
     def rows_at_once(self, mesh: Mesh) -> int:
         """Rows of a micro-batch."""
@@ -73,7 +75,7 @@ def cut_alike(asked: PlannedJob, mesh: Mesh) -> list[Model]:
 
 
 def rehearse_stages(
-    asked: PlannedJob, parallel: ParallelModel, parts: list[Model], rows: int
+    asked: PlannedJob, parallel: ParallelModel, parts: list[Model], rows: int, split_backward: bool
 ) -> dict[int, Rehearsed]:
     """A micro-batch through stages without FSDP, whose share is reckoned from its units; by number of the stage."""
     depths = parallel.parts[0].mtp_layers
@@ -91,7 +93,8 @@ def rehearse_stages(
                 tokens = batch["tokens_BT"].numel() // (1 if layer.dispatch.cut else parallel.mesh.size("tp"))
                 rows = tokens * layer.num_experts_per_tok
                 layer.dispatch.plan = partial(plan_trip, read=partial(_even, rows))
-        found[stage] = rehearse(part, partial(_forward, asked, parallel, part, stage, batch))
+        forward = partial(_forward, asked, parallel, part, stage, batch)
+        found[stage] = rehearse(part, forward, split_backward=split_backward)
     return found
 
 

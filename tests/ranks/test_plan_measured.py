@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from meshes import VOCAB, job_of
 from torch import nn
+from torch._library.custom_ops import OPDEFS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,12 +97,16 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented
+        if func.namespace == "nanovl":  # look into an operator of our own, such as ring attention
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_of((args, out)):
             storage = tensor.untyped_storage()
             self.storages.setdefault(storage._cdata, weakref.ref(storage))
-        self.storages = {key: ref for key, ref in self.storages.items() if ref() is not None}
-        self.most = max(self.most, sum(ref().nbytes() for ref in self.storages.values()))
+        alive = {key: storage for key, ref in self.storages.items() if (storage := ref()) is not None}
+        self.storages = {key: self.storages[key] for key in alive}
+        self.most = max(self.most, sum(storage.nbytes() for storage in alive.values()))
         return out
 
 
@@ -242,6 +247,7 @@ PIPELINE = "pipeline_parallel_schedule"
         ("qwen3", 2, {"context_parallel_degree": 2}),
         ("qwen3", 2, {"pipeline_parallel_degree": 2}),
         ("moe", 2, {"expert_parallel_degree": 2}),
+        ("qwen3", 8, {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2}),
         *(
             pytest.param(model, world, fields, marks=pytest.mark.slow)
             for model, world, fields in [
@@ -295,13 +301,11 @@ def test_plan_is_what_a_run_does(model: str, world: int, fields: dict[str, Any])
     # a checkpoint's hooks keep what it needs out of sight, and a schedule that parts backward keeps gradients too
     in_sight = recompute == "none" and not plan.split_backward
     assert close(memory.activations, run.saved) or not in_sight
-    # tiny layers, of which one at work is as much as what all of them keep
-    assert close(memory.in_passes - memory.optimizer, run.alive, 0.12 if plan.split_backward else 0.1), memory
+    assert close(memory.passes - memory.optimizer, run.alive), memory
     sent: Counter[tuple[str, str]] = Counter()
     for traffic in plan.traffic.values():
         for (axis, kind), size in traffic.bytes.items():
             sent[run.groups.get(axis, axis), kind] += size
     assert sent.keys() == run.sent.keys()
     for key, size in run.sent.items():
-        # a plan shares tokens out evenly, and a fresh router does not
-        assert close(sent[key], size, 0.1 if "expert_parallel_degree" in fields else 0.05), key
+        assert close(sent[key], size), key
