@@ -154,7 +154,16 @@ def hand_worked(rank: int, world: int, fields: dict[str, Any]) -> tuple[float, l
 
 
 @pytest.mark.parametrize(
-    ("world", "fields"), [(1, {}), (2, cp()), (4, cp()), (4, cp(data_parallel_replicate_degree=2))], ids=name
+    ("world", "fields"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"data_parallel_replicate_degree": 2}),  # torchtitan 0.2.2 divides by the copies here
+        (2, cp()),
+        (4, cp()),
+        (4, cp(data_parallel_replicate_degree=2)),
+    ],
+    ids=name,
 )
 def test_loss_and_gradient_are_divided_by_the_weights_of_whole_rows(
     world: int, fields: dict[str, Any]

@@ -71,3 +71,19 @@ def test_steps_are_skipped_and_counted_and_too_many_in_a_row_end_the_run(
     dump = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert dump["step"] == 4
     assert dump["gradients"]
+
+
+def without_targets(rank: int) -> tuple[float, float, bool]:
+    job = job_of("qwen3", local=4)
+    mesh = build_mesh(job.parallelism, 2, CPU)
+    spec = resolve_model(job.model, VOCAB)
+    model = build_model(job, spec, mesh, Modes(torch.float32, False), CPU, Log(1), fresh=True)
+    batch = made_up_rows(job, VOCAB, 0, range(rank, 8, 2))
+    batch["targets_BT"].fill_(-100)
+    result = train_step(model, [batch], max_norm=1.0, chunk_tokens=16)
+    return result.loss, result.grad_norm, result.finite
+
+
+def test_a_step_without_any_target_learns_nothing_and_is_no_mistake() -> None:
+    """torchtitan divides by the number of targets, and 0 / 0 ends the run."""
+    assert fork_ranks(without_targets, 2) == [(0.0, 0.0, True)] * 2
