@@ -317,6 +317,13 @@ class Attention(nn.Module):
             cuts["g_proj"] = Cut("column", heads)
         return TensorPlan(cuts, gathers=True)
 
+    def row_factors(self, gamma_H: Tensor) -> dict[str, Tensor]:
+        """Factors [H, rows] on each head's rows of projections, the queries' first, that make its scores gamma times as
+        large. Where a key head serves several query heads, it stays as it is."""
+        shared = self.config.num_key_value_heads != self.config.num_attention_heads
+        factors_HD = (gamma_H if shared else gamma_H.sqrt())[:, None].expand(-1, self.config.head_dim)
+        return {"q_proj": factors_HD} if shared else {"q_proj": factors_HD, "k_proj": factors_HD}
+
     def qkv(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D] and keys, normed and rotated, and values [B, T, K, D]."""
         split = (*x_BTD.shape[:2], -1, self.config.head_dim)

@@ -173,6 +173,16 @@ class LatentAttention(nn.Module):
         cuts = {queries: Cut("column", heads), "kv_b_proj": Cut("column", heads), "o_proj": Cut("row", heads)}
         return TensorPlan(cuts, gathers=True)
 
+    def row_factors(self, gamma_H: Tensor) -> dict[str, Tensor]:
+        """Factors [H, rows] on each head's rows of projections, the queries' first, that make its scores gamma times as
+        large. Keys that turn are shared by all heads and stay as they are (Kimi K2, arXiv:2507.20534)."""
+        config = self.config
+        gamma_H1 = gamma_H[:, None]
+        still_HD = gamma_H1.sqrt().expand(-1, config.qk_nope_head_dim)
+        queries = torch.cat((still_HD, gamma_H1.expand(-1, config.qk_rope_head_dim)), dim=1)
+        keys = torch.cat((still_HD, torch.ones_like(gamma_H1).expand(-1, config.v_head_dim)), dim=1)
+        return {"q_proj" if config.q_lora_rank is None else "q_b_proj": queries, "kv_b_proj": keys}
+
     def qkv(self, x_BTD: Tensor, latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, their last channels rotated, and values, [B, T, H, D]; queries from their latent, which is
         x itself where they have none."""

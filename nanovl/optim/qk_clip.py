@@ -4,6 +4,9 @@ A head whose largest logit S of a step is above the threshold has its later logi
 
     W_q <- sqrt(gamma) W_q,  W_k <- sqrt(gamma) W_k     where every query head has a key head of its own
     W_q <- gamma W_q                                    where a key head also serves query heads that are in bounds
+
+Latent attention has both: its rows that turn are the second kind. Which rows of which projections those are, blocks
+say in `row_factors`.
 """
 
 from __future__ import annotations
@@ -70,18 +73,17 @@ class QkClip:
         for layer, maxima, largest_H in zip(self.layers, self.maxima, parts, strict=True):
             beyond_H = (largest_H > self.threshold) & (largest_H < inf)
             gamma_H = torch.where(beyond_H, self.threshold / largest_H, 1.0)
-            if layer.config.num_key_value_heads == layer.config.num_attention_heads:
-                _scale(layer.q_proj, gamma_H.sqrt(), layer.config.head_dim)
-                _scale(layer.k_proj, gamma_H.sqrt(), layer.config.head_dim)
-            else:
-                _scale(layer.q_proj, gamma_H, layer.config.head_dim)
+            for name, factors_HD in layer.row_factors(gamma_H).items():
+                _scale(getattr(layer, name), factors_HD)
             maxima.fill_(-inf)
 
 
 def _unfit(layer: nn.Module) -> str:
     """Why scaling this attention's projections does not scale its logits; empty if it does."""
-    if not (isinstance(getattr(layer, "q_proj", None), nn.Linear) and hasattr(layer, "k_proj")):
-        return "no q_proj and k_proj with a row for each channel of a head"
+    if not hasattr(layer, "row_factors"):
+        return "its block does not say which rows of its projections scale a head's logits"
+    if getattr(layer, "indexer", None) is not None:
+        return "an indexer chooses the keys whose logits count"
     if any(not isinstance(getattr(layer, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
         return "queries and keys are normed, which bounds the logits and undoes any scaling"
     if isinstance(layer.core, AttentionCore) and layer.core.scores.kernel == "varlen":
@@ -91,7 +93,8 @@ def _unfit(layer: nn.Module) -> str:
 
 def _watch(layer: Any) -> Tensor:
     """The largest logit of each of this rank's heads, [H], kept up to date by every training forward."""
-    weight = layer.q_proj.weight
+    queries = next(iter(layer.row_factors(torch.ones(1))))
+    weight = getattr(layer, queries).weight
     heads = layer.config.num_attention_heads // _tensor_ranks(weight)
     maxima_H = torch.full((heads,), -inf, device=local_of(weight).device)
 
@@ -145,13 +148,14 @@ def _tensor_ranks(weight: Tensor) -> int:
     return prod(layout.mesh.size(axis) for axis in axes if names and names[axis] == "tp")
 
 
-def _scale(linear: nn.Linear, factors_H: Tensor, head_dim: int) -> None:
-    """Multiply each head's rows; a rank's `factors_H` are those of its own heads."""
+def _scale(linear: nn.Linear, factors_HD: Tensor) -> None:
+    """Multiply each head's rows; a rank's factors are those of its own heads."""
+    heads, head_dim = factors_HD.shape
     for parameter in linear.parameters():
         layout = Layout.of(parameter)
         here = () if layout.mesh is None else layout.mesh.get_coordinate() or ()
         rows = layout.piece(here)[0]
         # heads of a tensor rank follow each other, so the remainder is the place among its own
-        head = torch.arange(rows.start, rows.stop, device=factors_H.device) // head_dim % len(factors_H)
-        factors = factors_H[head].view(-1, *[1] * (parameter.ndim - 1))
+        places = torch.arange(rows.start, rows.stop, device=factors_HD.device) % (heads * head_dim)
+        factors = factors_HD.flatten()[places].view(-1, *[1] * (parameter.ndim - 1))
         local_of(parameter).mul_(factors.to(local_of(parameter).device))

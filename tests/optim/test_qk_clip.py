@@ -1,5 +1,6 @@
 """QK-clip: logits measured as attention sees them, heads scaled by hand-worked factors, the same on every mesh."""
 
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from nanovl.dist import fork_ranks
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta
+from nanovl.models.blocks.indexer import IndexerConfig
+from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.optim import qk_clip
 from nanovl.optim.qk_clip import QkClip, max_logits
@@ -34,7 +37,26 @@ def attention(
     return layer
 
 
-def meta_of(layer: Attention, tokens: int, doc_ids_BT: Tensor | None = None) -> AttentionMeta:
+def latent_attention(hidden: int = 6, heads: int = 4, **more: Any) -> LatentAttention:
+    config = MlaConfig(
+        num_attention_heads=heads,
+        q_lora_rank=5,
+        kv_lora_rank=4,
+        qk_nope_head_dim=3,
+        qk_rope_head_dim=2,
+        v_head_dim=2,
+        **more,
+    )
+    layer = LatentAttention(config, hidden, NormConfig())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.normal_(generator=generator)
+    return layer
+
+
+def meta_of(
+    layer: Attention | LatentAttention, tokens: int, doc_ids_BT: Tensor | None = None
+) -> AttentionMeta:
     ropes = [] if layer.rope_key is None else [layer.rope_key]
     return AttentionMeta.build(torch.arange(tokens)[None], doc_ids_BT, [layer.config.sliding_window], ropes)
 
@@ -95,6 +117,38 @@ def test_a_shared_key_head_is_left_alone() -> None:
     torch.testing.assert_close(layer.q_proj.weight.data, expected)
 
 
+@pytest.mark.parametrize("q_lora_rank", [5, None])
+def test_latent_heads_come_back_to_the_threshold_and_values_stay(q_lora_rank: int | None) -> None:
+    layer = latent_attention()
+    if q_lora_rank is None:
+        layer = LatentAttention(replace(layer.config, q_lora_rank=None), 6, NormConfig())
+        for parameter in layer.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    queries = layer.q_b_proj if q_lora_rank else layer.q_proj
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    meta, x_BTD = meta_of(layer, 7), rows()
+    clip = QkClip(layer, threshold=1e9)
+    layer(x_BTD, meta)
+    largest = clip.maxima[0].clone()
+    clip.threshold = float(largest.sort().values[2])  # two of the heads are above, one is at it
+    clip.apply()
+    layer(x_BTD, meta)
+    torch.testing.assert_close(clip.maxima[0], largest.clamp(max=clip.threshold), rtol=1e-5, atol=0)
+    gamma_H11 = (clip.threshold / largest).clamp(max=1.0)[:, None, None]
+    weight, old = (w.unflatten(0, (4, 5)) for w in (queries.weight.data, before[_name_of(layer, queries)]))
+    torch.testing.assert_close(weight[:, :3], old[:, :3] * gamma_H11.sqrt())
+    torch.testing.assert_close(weight[:, 3:], old[:, 3:] * gamma_H11)
+    weight, old = (w.unflatten(0, (4, 5)) for w in (layer.kv_b_proj.weight.data, before["kv_b_proj.weight"]))
+    torch.testing.assert_close(weight[:, :3], old[:, :3] * gamma_H11.sqrt())
+    assert torch.equal(weight[:, 3:], old[:, 3:])  # values
+    for name in ("kv_a_proj.weight", "o_proj.weight"):
+        assert torch.equal(layer.get_parameter(name).data, before[name])
+
+
+def _name_of(layer: nn.Module, linear: nn.Module) -> str:
+    return next(f"{name}.weight" for name, child in layer.named_children() if child is linear)
+
+
 def test_only_training_is_measured_and_bad_numbers_change_nothing() -> None:
     layer = attention()
     for linear in (layer.q_proj, layer.k_proj):
@@ -143,10 +197,15 @@ def test_compiled_and_recomputed_blocks_are_measured(backend: str, recompute: bo
     torch.testing.assert_close(block.mixer.q_proj.weight, plain.mixer.q_proj.weight)
 
 
-HEADS = [(4, 4), (4, 2)]
+LATENT = 0
+"""In place of a number of key heads: latent attention."""
+THRESHOLDS = {4: 20.5, 2: 20.5, LATENT: 6.0}
+"""Below the logits of some heads, and above those of others."""
 
 
 def stack(kv_heads: int) -> nn.ModuleList:
+    if kv_heads == LATENT:
+        return nn.ModuleList(latent_attention(sliding_window=window) for window in (None, 3))
     return nn.ModuleList(
         attention(6, 4, kv_heads, 6, qkv_bias=True, sliding_window=window) for window in (None, 3)
     )
@@ -158,13 +217,13 @@ def rows() -> Tensor:
 
 def forwards(layers: nn.ModuleList, x_BTD: Tensor) -> None:
     for layer in layers:
-        assert isinstance(layer, Attention)
+        assert isinstance(layer, Attention | LatentAttention)
         layer(x_BTD, meta_of(layer, 7)).sum().backward()
 
 
 def alone(kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
     layers = stack(kv_heads)
-    clip = QkClip(layers, threshold=20.5)
+    clip = QkClip(layers, THRESHOLDS[kv_heads])
     forwards(layers, rows())
     maxima = [m.clone() for m in clip.maxima]
     clip.apply()
@@ -176,23 +235,24 @@ def _on_mesh(rank: int, kv_heads: int, data: int, tensor: int) -> list[Tensor]:
     layers = stack(kv_heads)
     for layer in layers:
         if tensor > 1:
-            plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+            names = ("q_b_proj", "kv_b_proj") if kv_heads == LATENT else ("q_proj", "k_proj", "v_proj")
+            plan = dict.fromkeys(names, ColwiseParallel())
             parallelize_module(layer, mesh["tp"], {**plan, "o_proj": RowwiseParallel()})
         fully_shard(layer, mesh=mesh["fsdp"])
-    clip = QkClip(layers, 20.5, [mesh.get_group("fsdp")])
+    clip = QkClip(layers, THRESHOLDS[kv_heads], [mesh.get_group("fsdp")])
     forwards(layers, rows()[mesh.get_local_rank("fsdp") :: data])
     clip.apply()
     assert all(isinstance(p, DTensor) for p in layers.parameters())
     return [p.full_tensor() for p in layers.parameters()]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [4, 2, LATENT])
 @pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2), (2, 2)])
 def test_the_same_heads_are_scaled_alike_on_every_mesh(kv_heads: int, data: int, tensor: int) -> None:
     maxima, expected = alone(kv_heads)
     largest = torch.cat(maxima)
-    assert (largest > 20.5).any()
-    assert (largest < 20.5).any()
+    assert (largest > THRESHOLDS[kv_heads]).any()
+    assert (largest < THRESHOLDS[kv_heads]).any()
     for found in fork_ranks(_on_mesh, data * tensor, kv_heads, data, tensor):
         for value, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=2e-6, atol=1e-7)
@@ -204,7 +264,10 @@ def test_attention_that_cannot_be_mended_is_refused() -> None:
         ConfigError, match=r"qk_clip = 100.0: layers\.\* \(x2\): queries and keys are normed.*set it to 0"
     ):
         QkClip(nn.ModuleDict({"layers": normed}), 100.0)
-    latent = nn.Module()
+    latent = nn.Module()  # of a kind that nobody knows
     latent.core = nn.Identity()
-    with pytest.raises(ConfigError, match="mixer: no q_proj and k_proj"):
+    with pytest.raises(ConfigError, match="mixer: its block does not say which rows of its projections"):
         QkClip(nn.ModuleDict({"mixer": latent}), 100.0)
+    indexer = IndexerConfig(index_n_heads=2, index_head_dim=4, index_topk=2)
+    with pytest.raises(ConfigError, match="mixer: an indexer chooses the keys whose logits count"):
+        QkClip(nn.ModuleDict({"mixer": latent_attention(4, indexer=indexer)}), 100.0)
