@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovl.errors import CheckpointError
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.decoder import DecoderConfig
 from nanovl.spec import KeyGroup, KeyRule
@@ -127,21 +126,18 @@ def _in_module(rule: KeyRule | KeyGroup) -> KeyRule | KeyGroup | None:
 def _copied(rule: KeyRule, copies: Sequence[str]) -> KeyGroup:
     """`rule` where the same tensor also stands under other names."""
 
-    def first(values: Sequence[Tensor]) -> Sequence[Tensor]:
-        different = [
-            n for n, value in zip(copies, values[1:], strict=True) if not torch.equal(value, values[0])
+    def mistakes(values: Sequence[Tensor]) -> list[str]:
+        return [
+            f"{name} is not equal to {rule.theirs}, which multi-token prediction shares here; "
+            "a module with an embedding or a head of its own cannot be read"
+            for name, value in zip(copies, values[1:], strict=True)
+            if not torch.equal(value, values[0])
         ]
-        if different:
-            raise CheckpointError(
-                f"{different[0]} is not equal to {rule.theirs}, which multi-token prediction shares here; "
-                "a module with an embedding or a head of its own cannot be read"
-            )
-        return values[:1]
 
     def every(values: Sequence[Tensor]) -> Sequence[Tensor]:
         return [values[0], *(values[0].clone() for _ in copies)]  # files hold no tensor twice
 
-    return KeyGroup((rule.theirs, *copies), (rule.ours,), first, every)
+    return KeyGroup((rule.theirs, *copies), (rule.ours,), lambda values: values[:1], every, mistakes)
 
 
 def expert_rules(experts: int) -> list[KeyGroup]:

@@ -1,6 +1,7 @@
 """nanovl: one trainer from raw text to a served chat model.
 
-`nanovl.load`, `nanovl.Engine` and `nanovl.train` are imported on first use, so that `import nanovl` stays cheap.
+`nanovl.load`, `nanovl.Engine`, `nanovl.train` and `nanovl.convert` are imported on first use, so that `import nanovl`
+stays cheap.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovl.conversion.convert import convert as convert
     from nanovl.inference.engine import Engine as Engine
     from nanovl.inference.load import load as load
     from nanovl.trainer import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "__version__", "load", "train"]
+__all__ = ["Engine", "__version__", "convert", "load", "train"]
 
-_LAZY = {"load": "nanovl.inference.load", "Engine": "nanovl.inference.engine", "train": "nanovl.trainer"}
+_LAZY = {
+    "convert": "nanovl.conversion.convert",
+    "load": "nanovl.inference.load",
+    "Engine": "nanovl.inference.engine",
+    "train": "nanovl.trainer",
+}
 
 if (Path(__file__).parent / "models").is_file():  # git wrote the link as a text file
     raise ImportError(

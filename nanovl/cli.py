@@ -23,7 +23,10 @@ COMMANDS = {
     "models": ("nanovl.models_tools", "the architectures, and the size, layers, memory and FLOPs of one"),
     "plan": ("nanovl.plan", "memory, traffic, time and cost of a job on any number of GPUs, without them"),
     "verify": ("nanovl.verify_tools", "is a job on its mesh the same as on one rank? asked on this machine"),
-    "convert": ("nanovl.convert", "runs to and from Hugging Face directories"),
+    "convert": (
+        "nanovl.convert_tools",
+        "checkpoints from one format to another: Hugging Face, run, plain safetensors",
+    ),
 }
 
 

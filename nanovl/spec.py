@@ -78,7 +78,8 @@ class KeyRule:
 class KeyGroup:
     """The same for tensors that are one there and several here, or the other way round, as experts that are stacked.
 
-    The functions take and return one tensor a name, in the order of the names. Where two rules name the same tensor of
+    The functions take and return one tensor a name, in the order of the names; they also work out shapes, from tensors on
+    the meta device, which have no values. `mistakes` of what is read says what is wrong with the values. Where two rules name the same tensor of
     ours, both are read and the first is written.
     """
 
@@ -86,6 +87,7 @@ class KeyGroup:
     ours: tuple[str, ...]
     to_ours: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     to_theirs: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    mistakes: Callable[[Sequence[Tensor]], list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A checkpoint is a committed directory.
 
-    step_000500/  state/        DCP shards of weights and optimizer state, readable on any mesh
+    step_000500/  state/        DCP shards of weights and optimizer state, readable on any mesh; where `nanovl convert`
+                                was asked for it, model.safetensors instead, weights alone under our names
                   ranks/        rank_00000.json.gz: what each process kept for itself (data lanes, random state)
                   tokenizer/    config.json
                   meta.json     step, architecture, tokenizer hash, mesh, where it came from
@@ -14,11 +15,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import pickle
 import re
 import shutil
+import sys
 import threading
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,8 +28,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -37,10 +35,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
+from nanovl.checkpoint.safetensors_files import write_safetensors
+from nanovl.checkpoint.state import MODEL, Reader, read_metadata, read_state, write_state
+from nanovl.checkpoint.tensors import Tensors
 from nanovl.dist import all_reduce, barrier
 from nanovl.errors import CheckpointError
 from nanovl.log import Log
@@ -186,16 +186,17 @@ class Checkpointer:
                 shutil.rmtree(old)
 
 
-def save_weights(folder: Path, model: nn.Module, meta: Mapping[str, Any], files: Sequence[Path]) -> Path:
-    """Commit `model` alone as step 0 of `folder`, in one process; training cannot resume from it."""
-    final = folder / "step_000000"
-    draft = final.with_suffix(".tmp")
-    _copy_all(files, draft)
-    (draft / "ranks").mkdir()
-    _write(draft / "meta.draft.json", json.dumps({**meta, "step": 0}, indent=2).encode())
-    save_state({"model": _model_state(model)}, checkpoint_id=draft / "state", no_dist=True)
-    _publish(draft, final)
-    return final
+def save_weights(folder: Path, weights: Tensors, meta: Mapping[str, Any], *, plain: bool) -> None:
+    """Make `folder` a checkpoint of `weights` alone, from one process; training cannot resume from it.
+
+    They lie in DCP, or `plain` in model.safetensors. meta.json comes last: before it there is no checkpoint.
+    """
+    if plain:
+        write_safetensors(folder, weights, sys.maxsize, {})
+    else:
+        write_state(folder / "state", weights)
+    _write(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    _flush_folder(folder)
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -229,18 +230,11 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
 
     All ranks raise if one has to.
     """
-    reader = FileSystemReader(checkpoint / "state")
-    try:
-        metadata = reader.read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{checkpoint}/state: cannot be read: {error}; choose an earlier step"
-        ) from error
-    _check_shards(checkpoint / "state", metadata.storage_data)
-    stored = metadata.state_dict_metadata
+    reader = Reader(checkpoint / "state")
+    stored = read_metadata(reader, checkpoint / "state").state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
     wrong = [f"missing {key}" for key in wanted if key not in stored]
-    known = [key for key in sorted(stored) if whole or key.startswith("model.")]
+    known = [key for key in sorted(stored) if whole or key.startswith(MODEL)]
     wrong += [f"unexpected {key}" for key in _wanted_nowhere(known, wanted)]
     for key, value in wanted.items():
         size = getattr(stored.get(key), "size", None)
@@ -250,15 +244,7 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
     if wrong:
         listed = "".join(f"\n  {line}" for line in wrong)
         raise CheckpointError(f"{checkpoint} does not fit the model:{listed}")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled"
-            )  # one process loads as one: meant
-            load_state(state, storage_reader=reader, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # a BaseException: it carries what went wrong on every rank
-        reasons = "; ".join(sorted({repr(failure[0]) for failure in error.failures.values()}))
-        raise CheckpointError(f"{checkpoint}/state: damaged: {reasons}; choose an earlier step") from error
+    read_state(checkpoint / "state", state, reader, no_dist=not dist.is_initialized())
 
 
 def _wanted_nowhere(keys: Sequence[str], wanted: Collection[str]) -> list[str]:
@@ -274,17 +260,6 @@ def _of_all_ranks(lines: list[str]) -> list[str]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, lines)
     return list(dict.fromkeys(line for theirs in everyone for line in theirs))
-
-
-def _check_shards(folder: Path, places: Mapping[Any, Any]) -> None:
-    """Raises CheckpointError where a shard file is absent or was cut short; DCP itself reads what is left."""
-    ends: dict[str, int] = {}
-    for place in places.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in ends.items():
-        size = (folder / name).stat().st_size if (folder / name).exists() else 0
-        if size < end:
-            raise CheckpointError(f"{folder / name} has {size} bytes of {end}; choose an earlier step")
 
 
 def _publish(draft: Path, final: Path) -> None:

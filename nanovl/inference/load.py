@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from nanovl.checkpoint.locate import fill, resolve_checkpoint, spec_at
+from nanovl.checkpoint.locate import find_source
 from nanovl.config.schema import Job
 from nanovl.device import pick_device
 from nanovl.errors import ConfigError
-from nanovl.run import Run
 from nanovl.spec import Model, ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 
@@ -37,21 +36,18 @@ def load(
 
     `device` defaults to the GPU if there is one; `dtype` is that of the weights. Raises CheckpointError, ConfigError.
     """
-    where = Path(path)
-    checkpoint = resolve_checkpoint(where)
-    source = where if checkpoint is None else checkpoint
-    spec = spec_at(source)
+    source = find_source(Path(path))
+    spec = source.spec
     place = pick_device(name=str(device))
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     model.to_empty(device=place)
     model.init_buffers(place)
-    fill(model, source, spec)
+    source.fill(model, spec)
     for parameter in model.parameters():  # buffers keep their precision: routers balance loads by thousandths
         parameter.data = parameter.data.to(_dtype(dtype))
     model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(source if checkpoint is None else checkpoint / "tokenizer")
-    return Loaded(model, tokenizer, None if checkpoint is None else Run(checkpoint).read_job(), spec, source)
+    return Loaded(model, load_tokenizer(source.tokenizer), source.job, spec, source.path)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -18,6 +18,9 @@ from nanovl.errors import ConfigError
 from nanovl.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE, bytes_of, parse_object, read_text, write_files
 from nanovl.tokenizer.text import valid_unicode
 
+CARRIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+"""Files beside the two that are read: kept, since who loads the tokenizer elsewhere asks for them."""
+
 
 class ForeignTokenizer:
     """Same methods as Tokenizer; `bos_id` is None where tokenizer_config.json names no bos_token.
@@ -43,7 +46,10 @@ class ForeignTokenizer:
         """The tokenizer in `folder`. Raises ConfigError naming the file that is missing or not understood."""
         config = Path(folder) / CONFIG_FILE
         config_json = read_text(config) if config.exists() else ""
-        return cls(read_text(Path(folder) / TOKENIZER_FILE), config_json, Path(folder))
+        found = cls(read_text(Path(folder) / TOKENIZER_FILE), config_json, Path(folder))
+        carried = (Path(folder) / name for name in CARRIED)
+        found._texts |= {file.name: read_text(file) for file in carried if file.exists()}
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write the files as they were read."""

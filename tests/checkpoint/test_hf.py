@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovl.checkpoint.hf import load_hf_weights, named_weights, save_hf
+from nanovl.checkpoint.hf import load_hf_weights, save_hf
+from nanovl.checkpoint.tensors import named_weights
 from nanovl.errors import CheckpointError
 from nanovl.registry import family
 from nanovl.spec import KeyGroup, KeyRule, ModelSpec

@@ -20,7 +20,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanovl.checkpoint.hf import KeyMap, load_hf_weights, named_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.hf import load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.key_map import KeyMap
+from nanovl.checkpoint.tensors import named_weights
 from nanovl.inference.engine import Engine
 from nanovl.spec import ModelSpec
 

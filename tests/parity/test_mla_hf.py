@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from nanovl.checkpoint.hf import KeyMap
+from nanovl.checkpoint.key_map import KeyMap
 from nanovl.inference.engine import Engine
 from nanovl.models.blocks.attention import AttentionMeta
 from nanovl.models.blocks.mla import LatentAttention, MlaConfig

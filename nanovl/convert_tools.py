@@ -1,0 +1,44 @@
+"""`nanovl convert`: a model from one format to another; docs/convert.md says what each is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nanovl.errors import ConfigError
+from nanovl.log import out
+
+
+def main(argv: list[str]) -> int:
+    """`nanovl convert SRC --to hf|run|dcp|safetensors --out DIR`. Raises NanovlError."""
+    parser = argparse.ArgumentParser(prog="nanovl convert", description=__doc__, allow_abbrev=False)
+    parser.add_argument("src", help="run folder, checkpoint or Hugging Face directory")
+    parser.add_argument(
+        "--to",
+        required=True,
+        help="hf: a Hugging Face directory; run: a run folder; dcp: a checkpoint; safetensors: one of plain weights",
+    )
+    parser.add_argument("--out", help="new folder to write it to")
+    parser.add_argument(
+        "--dtype", help="of written parameters: float32, bfloat16, float16; default: as they are stored"
+    )
+    parser.add_argument("--shard-size", help="most that one file of hf holds, such as 500MB; default: 5GB")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be written, and write nothing"
+    )
+    args = parser.parse_args(argv)
+    if args.out is None and not args.dry_run:
+        raise ConfigError("--out DIR: wanted, the new folder to write; or --dry-run")
+
+    from nanovl.conversion.convert import plan, require_new
+
+    if args.out is not None:
+        require_new(Path(args.out))
+    planned = plan(args.src, to=args.to, dtype=args.dtype, shard_size=args.shard_size)
+    if args.dry_run:
+        out("\n".join(planned.mapping()))
+        out(f"{planned.model.source.path}: {planned.summary()}; nothing written")
+        return 0
+    planned.write(Path(args.out))
+    out(f"{planned.model.source.path} -> {args.out}: {planned.summary()}")
+    return 0
