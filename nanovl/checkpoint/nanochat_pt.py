@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovl.checkpoint.hf import KeyMap
+from nanovl.checkpoint.key_map import KeyMap
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.mesh import copy_full
 from nanovl.registry import MODELS, family

@@ -10,7 +10,8 @@ import transformers
 from nanochat_reference import ERAS, imported, random_tokens, reference, write
 from torch import nn
 
-from nanovl.checkpoint.hf import KeyMap, load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.hf import load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.key_map import KeyMap
 from nanovl.checkpoint.nanochat_pt import save_nanochat
 from nanovl.inference.engine import Engine
 from nanovl.models.nanochat_config import EPS, NanochatConfig

@@ -144,5 +144,5 @@ def test_a_config_this_family_does_not_compute_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="hidden_act = 'gelu'"):
         spec_of_directory(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["FooForCausalLM"]}')
-    with pytest.raises(CheckpointError, match="FooForCausalLM is none of Qwen3ForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"FooForCausalLM is none of .*Qwen3ForCausalLM"):
         spec_of_directory(tmp_path)
