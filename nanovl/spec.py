@@ -78,9 +78,9 @@ class KeyRule:
 class KeyGroup:
     """The same for tensors that are one there and several here, or the other way round, as experts that are stacked.
 
-    The functions take and return one tensor a name, in the order of the names; they also work out shapes, from tensors on
-    the meta device, which have no values. `mistakes` of what is read says what is wrong with the values. Where two rules name the same tensor of
-    ours, both are read and the first is written.
+    The functions take and return one tensor a name, in the order of the names. They also work out shapes, from tensors
+    on the meta device, which have no values. `mistakes` of what is read says what is wrong with the values. Where two
+    rules name the same tensor of ours, both are read and the first is written.
     """
 
     theirs: tuple[str, ...]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import MtpModel
 
-from nanovl.checkpoint.hf import load_hf_weights, named_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.hf import load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.tensors import named_weights
 from nanovl.config.schema import Model
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.models.blocks.mtp import MtpConfig, with_ahead
