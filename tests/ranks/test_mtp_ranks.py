@@ -36,6 +36,15 @@ MODELS = {
             "mtp": {"num_layers": 1},
         },
     ),
+    "latent, sparse, depth 2": Model(
+        name="deepseek_v32",
+        flavor="debug",
+        overrides={
+            "num_hidden_layers": 4,
+            "blocks": {"moe": {"mixer": {"indexer": {"index_loss": "sparse"}}}},
+            "mtp": {"num_layers": 2},
+        },
+    ),
 }
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 2": degrees(shard=2),
@@ -57,6 +66,10 @@ EXHAUSTIVE = [
     *(("depth 2", mesh) for mesh in DENSE),
     *(("depth 2, before the norm, tied", mesh) for mesh in DENSE),
     *(("experts", mesh) for mesh in MESHES),
+    *(
+        ("latent, sparse, depth 2", mesh)
+        for mesh in ("tp 2", "cp 2 allgather", "ep 2", "pp 2 ZBVZeroBubble, ep 2")
+    ),
 ]
 
 
