@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovl.checkpoint.float8 import dequantized
 from nanovl.checkpoint.key_map import KeyMap
 from nanovl.checkpoint.safetensors_files import SafetensorsFolder, write_safetensors
 from nanovl.checkpoint.tensors import Held, InDtype, Renamed, Tensors, fill, under_our_names, weights_of
@@ -25,12 +26,20 @@ MTP_MODULE = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 """A tensor that each module of multi-token prediction has, and no layer."""
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """`folder`/config.json. Raises CheckpointError."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json: cannot be read: {error!r}") from None
+
+
 def spec_of_directory(folder: Path) -> ModelSpec:
     """The architecture that `folder`/config.json names. Raises CheckpointError where no family here computes it."""
+    config = read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = config["architectures"][0]
-    except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json: names no architecture: {error!r}") from None
     if also := [key for key in ("vision_config", "audio_config") if config.get(key)]:
         raise CheckpointError(
@@ -64,7 +73,10 @@ def open_hf(folder: Path, spec: ModelSpec) -> Renamed:
     Raises CheckpointError listing every tensor that is unknown, missing or of another shape.
     """
     rules = _hf(spec.family).key_rules(spec.config)
-    stored = SafetensorsFolder(folder)
+    try:
+        stored = dequantized(SafetensorsFolder(folder), read_config(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     return under_our_names(stored, rules, exchanged(spec), f"{folder} does not fit {spec.family.name}")
 
 
