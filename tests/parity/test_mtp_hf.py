@@ -27,7 +27,7 @@ from nanovl.spec import ModelSpec, run_batch
 
 VOCAB, TOKENS = 96, 24
 LAYERS = {"glm4_moe": 46, "deepseek_v3": 61}
-FAMILIES = ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+NAMES = ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
 LIMIT = 2e-5
 """Of a logit; positions that are one further turn queries and keys alike, to rounding."""
 
@@ -70,7 +70,7 @@ def logits_of_depths(model: AnyModel) -> list[Tensor]:
     return [logits[:, : TOKENS - k] for k, logits in enumerate(found, 1)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_logits_of_the_first_depth_and_checkpoints(name: str, tmp_path: Path) -> None:
     spec = spec_of(name)
