@@ -35,8 +35,6 @@ def halves_swapped(head_dim: int) -> Callable[[Tensor], Tensor]:
     """The rows of every head with its halves swapped; its own inverse."""
 
     def swap(rows: Tensor) -> Tensor:
-        if rows.shape[0] % head_dim:
-            return rows  # not made of heads: whoever asked finds the shape wrong
         return rows.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
 
     return swap
@@ -61,11 +59,10 @@ def key_rules(config: NanochatConfig) -> list[KeyRule | KeyGroup]:
     def lambdas(theirs: str, ours: str) -> KeyGroup:
         """One vector there, one number a layer here."""
         names = tuple(f"layers.{i}.blend.{ours}" for i in range(config.depth))
-        fits = len(names)
         return KeyGroup(
             (theirs,),
             names,
-            lambda values: values[0].split(1) if len(values[0]) == fits else [values[0]] * fits,
+            lambda values: values[0].view(len(names), 1).unbind(),
             lambda values: [torch.cat([*values])],
         )
 

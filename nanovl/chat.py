@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nanovl chat", description="Write with a model in the terminal.", allow_abbrev=False
     )
-    parser.add_argument("path", help="run folder, checkpoint or Hugging Face directory")
+    parser.add_argument("path", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one text and end")
     add_sampling_arguments(parser, max_tokens=256, temperature=0.8, top_k=50)
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ from nanovl.log import out
 def main(argv: list[str]) -> int:
     """`nanovl convert SRC --to hf|run|dcp|safetensors --out DIR`. Raises NanovlError."""
     parser = argparse.ArgumentParser(prog="nanovl convert", description=__doc__, allow_abbrev=False)
-    parser.add_argument("src", help="run folder, checkpoint or Hugging Face directory")
+    parser.add_argument("src", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
     parser.add_argument(
         "--to",
         required=True,

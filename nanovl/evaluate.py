@@ -1,4 +1,4 @@
-"""`nanovl evaluate`: bits per byte of a run, checkpoint or Hugging Face directory on held-out text."""
+"""`nanovl evaluate`: bits per byte on held-out text of a run, a checkpoint, a Hugging Face directory, nanochat's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovl.log import out, table
 def main(argv: list[str]) -> int:
     """`nanovl evaluate PATH [--text FILE ...] [--max-bytes N]`."""
     parser = argparse.ArgumentParser(prog="nanovl evaluate", description=__doc__)
-    parser.add_argument("path", help="run folder, checkpoint or Hugging Face directory")
+    parser.add_argument("path", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
     parser.add_argument(
         "--text",
         action="append",

@@ -1,4 +1,4 @@
-"""`nanovl generate`: continue prompts with a run, a checkpoint or a Hugging Face directory."""
+"""`nanovl generate`: continue prompts with a run, a checkpoint, a Hugging Face directory or nanochat's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nanovl generate", description="Continue prompts with a trained model.", allow_abbrev=False
     )
-    parser.add_argument("path", help="run folder, checkpoint or Hugging Face directory")
+    parser.add_argument("path", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
     parser.add_argument(
         "--prompt",
         action="append",

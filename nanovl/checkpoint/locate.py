@@ -1,4 +1,4 @@
-"""What a path given by a user is: a run folder, one checkpoint, or a Hugging Face directory."""
+"""What a path given by a user is: a run folder, one checkpoint, a Hugging Face directory, nanochat's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from nanovl.checkpoint.nanochat_pt import Nanochat
 from nanovl.checkpoint.sources import Checkpoint, HuggingFace, Source
 from nanovl.errors import CheckpointError
 from nanovl.spec import ModelSpec
 
-KINDS: tuple[type[Source], ...] = (Checkpoint, HuggingFace)
+KINDS: tuple[type[Source], ...] = (Checkpoint, HuggingFace, Nanochat)
 """In the order in which a path is tried."""
 
 

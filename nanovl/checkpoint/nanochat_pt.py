@@ -10,174 +10,113 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanovl.checkpoint.key_map import KeyMap
+from nanovl.checkpoint.sources import Source
+from nanovl.checkpoint.tensors import Tensors, under_our_names, weights_of
 from nanovl.errors import CheckpointError, ConfigError
-from nanovl.mesh import copy_full
 from nanovl.registry import MODELS, family
-from nanovl.spec import ModelSpec, NanochatSpec
+from nanovl.spec import ModelSpec
+from nanovl.tokenizer.files import PICKLE_FILE, TOKENIZER_FILE
 
 _WEIGHTS = re.compile(r"model_(\d+)\.pt")
 
 
-def is_nanochat(path: Path) -> bool:
-    """Whether `path` is a folder of nanochat's checkpoints, or one file of weights in it."""
-    if path.is_file():
-        return _WEIGHTS.fullmatch(path.name) is not None
-    return any(_WEIGHTS.fullmatch(file.name) for file in path.glob("model_*.pt"))
+class PickledTensors(Tensors):
+    """The tensors of a file that torch.save wrote, mapped into memory; no code in it runs."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises CheckpointError naming everything in `file` that is no tensor."""
+        self._values = _tensors_of(_unpickled(file), file)
+        self.described = {name: value.to("meta") for name, value in self._values.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name]
 
 
-def weights_at(path: Path) -> Path:
-    """The file of weights that `path` means: itself, or the one of most steps in the folder."""
-    if path.is_file():
-        return path
-    return max((f for f in path.glob("model_*.pt") if _WEIGHTS.fullmatch(f.name)), key=_step_of)
+class Nanochat(Source):
+    """Weights, sizes and tokenizer as nanochat's own code writes them; the newest of a folder, or one that is named."""
 
+    names = ("folder of nanochat's checkpoints",)
 
-def tokenizer_folder(path: Path) -> Path:
-    """Where the tokenizer of the checkpoint at `path` lies. Raises CheckpointError."""
-    folder = weights_at(path).absolute().parent
-    # as repositories have it; beside the weights; as nanochat itself has it: <base>/base_checkpoints/d20/model_*.pt
-    places = [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
-    for place in places:
-        if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl")):
-            return place
-    listed = ", ".join(map(str, places))
-    raise CheckpointError(
-        f"{path}: no tokenizer.pkl or tokenizer.json in {listed}; copy nanochat's tokenizer folder there"
-    )
+    @classmethod
+    def find(cls, path: Path) -> Source | None:
+        files = [path] if path.is_file() else [*path.glob("model_*.pt")]
+        found = [file for file in files if _WEIGHTS.fullmatch(file.name)]
+        return cls(max(found, key=_step_of)) if found else None
 
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The meta file, which has to be of the same step. Raises CheckpointError."""
+        file, step = meta_file(self.path), _step_of(self.path)
+        if not file.is_file():
+            others = ", ".join(sorted(f.name for f in file.parent.glob("meta_*.json"))) or "no other"
+            raise CheckpointError(
+                f"{self.path} has no {file.name} beside it ({others} is there); both files belong to one step: "
+                "copy it too"
+            )
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}; copy it again") from None
+        if not isinstance(meta, dict):
+            raise CheckpointError(f"{file}: holds no object; copy it again")
+        if meta.get("step", step) != step:  # files of reinforcement learning do not name it
+            raise CheckpointError(f"{file}: is of step {meta['step']}, the weights are of step {step}")
+        return meta
 
-def spec_of_nanochat(path: Path) -> ModelSpec:
-    """The architecture of the checkpoint at `path`. Raises CheckpointError."""
-    weights = weights_at(path)
-    meta = read_meta(weights)
-    shapes = {name: value.shape for name, value in read_tensors(weights).items()}
-    try:
-        for name in MODELS:
-            found = family(name)
-            config = found.nanochat.config_from_meta(meta, shapes) if found.nanochat else None
-            if config is not None:
-                config.validate()
-                return ModelSpec(found, config)
-    except ConfigError as error:
-        listed = "".join(f"\n  {line}" for line in error.mistakes)
-        raise CheckpointError(f"{_meta_of(weights)} and {weights.name}:{listed}") from None
-    raise CheckpointError(f"{weights}: its tensors are those of no nanochat that is known here")
+    @cached_property
+    def stored(self) -> PickledTensors:
+        """The tensors under nanochat's names. Raises CheckpointError."""
+        return PickledTensors(self.path)
 
+    @cached_property
+    def spec(self) -> ModelSpec:
+        shapes = {name: value.shape for name, value in self.stored.described.items()}
+        try:
+            for name in MODELS:
+                found = family(name)
+                config = found.nanochat.config_from_meta(self.meta, shapes) if found.nanochat else None
+                if config is not None:
+                    config.validate()
+                    return ModelSpec(found, config)
+        except ConfigError as error:
+            listed = "".join(f"\n  {line}" for line in error.mistakes)
+            raise CheckpointError(f"{meta_file(self.path)} and {self.path.name}:{listed}") from None
+        raise CheckpointError(f"{self.path}: its tensors are those of no nanochat that is known here")
 
-def read_meta(weights: Path) -> dict[str, Any]:
-    """The meta file of the same step as `weights`. Raises CheckpointError."""
-    file, step = _meta_of(weights), _step_of(weights)
-    if not file.is_file():
-        others = ", ".join(sorted(f.name for f in weights.parent.glob("meta_*.json"))) or "no other"
+    def weights(self, spec: ModelSpec) -> Tensors:
+        assert spec.family.nanochat is not None
+        rules = spec.family.nanochat.key_rules(spec.config)
+        what = f"{self.path} does not fit {spec.family.name}"
+        return under_our_names(self.stored, rules, weights_of(spec), what)
+
+    @property
+    def tokenizer(self) -> Path:
+        folder = self.path.absolute().parent
+        # as repositories have it; beside the weights; as nanochat itself has it: <base>/base_checkpoints/d20/model_*.pt
+        places = [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
+        for place in places:
+            if any((place / name).is_file() for name in (TOKENIZER_FILE, PICKLE_FILE)):
+                return place
         raise CheckpointError(
-            f"{weights} has no {file.name} beside it ({others} is there); both files belong to one step: copy it too"
+            f"{self.path}: no {PICKLE_FILE} or {TOKENIZER_FILE} in {', '.join(map(str, places))}; "
+            "copy nanochat's tokenizer folder there"
         )
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}; copy it again") from None
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{file}: holds no object; copy it again")
-    # files of reinforcement learning do not name their step
-    if meta.get("step", step) != step:
-        raise CheckpointError(f"{file}: is of step {meta['step']}, the weights are of step {step}")
-    return meta
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"step": _step_of(self.path), "nanochat": self.meta}
 
 
-def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of `weights` by name, mapped into memory. Raises CheckpointError; runs no code of the file."""
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"(?:WeightsUnpickler error:|Trying to load)\s*(.+)", str(error))
-        raise CheckpointError(
-            f"{weights}: holds more than tensors, which could run code, so it is not read: "
-            f"{reason[1] if reason else error}"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"{weights}: damaged, or not written by torch.save: {str(error).splitlines()[0]}; copy it again"
-        ) from None
-    found: dict[str, Tensor] = {}
-    wrong = [] if isinstance(state, dict) else [f"it is a {type(state).__name__}, not a dict of tensors"]
-    for key, value in state.items() if isinstance(state, dict) else ():
-        name = str(key).removeprefix("_orig_mod.")  # of a compiled model
-        if name in found:
-            wrong.append(f"{name} is there twice, once with _orig_mod.")
-        elif not isinstance(value, Tensor) or not value.is_floating_point():
-            wrong.append(f"{name} is no tensor of floating-point numbers")
-        else:
-            found[name] = value
-    if wrong:
-        raise CheckpointError(f"{weights}:" + "".join(f"\n  {line}" for line in wrong))
-    return found
-
-
-@torch.no_grad()
-def load_nanochat_weights(path: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Fill `model` (plain, sharded, or a pipeline's part) from the checkpoint at `path`, one tensor at a time.
-
-    Raises CheckpointError listing every tensor that is unknown, missing or of another shape.
-    """
-    weights = weights_at(path)
-    tensors = read_tensors(weights)
-    names = KeyMap(_files(spec).key_rules(spec.config))
-    parameters = dict(model.named_parameters())
-    with torch.device("meta"):
-        whole = {name: p.shape for name, p in spec.family.model(spec.config).named_parameters()}
-    found = {theirs: names.group(theirs=theirs) for theirs in tensors}
-    groups = dict.fromkeys(g for g in found.values() if g is not None and whole.keys() >= set(g.ours))
-    wrong = [f"unknown {theirs}" for theirs, group in found.items() if group not in groups]
-    filled = {ours for group in groups for ours in group.ours}
-    wrong += [f"missing {theirs}" for ours in whole.keys() - filled for theirs in names.group_of(ours).theirs]
-    for group in groups:
-        values = group.to_ours([tensors[theirs] for theirs in group.theirs])
-        for ours, value in zip(group.ours, values, strict=True):
-            if value.shape != whole[ours]:
-                is_now = tuple(tensors[group.theirs[0]].shape)
-                wrong.append(f"{group.theirs[0]} is {is_now}; {ours} wants {tuple(whole[ours])}")
-                break
-    if wrong:
-        listed = "".join(f"\n  {line}" for line in sorted(set(wrong)))
-        raise CheckpointError(f"{weights} does not fit {spec.family.name}:{listed}")
-    for group in groups:
-        values = group.to_ours([tensors[theirs] for theirs in group.theirs])
-        for ours, value in zip(group.ours, values, strict=True):
-            if ours in parameters:  # another stage of a pipeline may have it
-                copy_full(parameters[ours], value)
-
-
-def save_nanochat(folder: Path, parameters: Mapping[str, Tensor], spec: ModelSpec, step: int) -> None:
-    """Write model_*.pt and meta_*.json as the first release of nanochat loads them.
-
-    As there, matrices are float32, and the embedding is bfloat16, unless that would round it.
-    """
-    files = spec.family.nanochat
-    if files is None or files.config_to_meta is None:
-        raise CheckpointError(
-            f"{spec.family.name}: only nanochat's first release, nanochat_v1, is written in its format"
-        )
-    meta = {"step": step, "model_config": files.config_to_meta(spec.config)}
-    names = KeyMap(files.key_rules(spec.config))
-    tensors: dict[str, Tensor] = {}
-    for group in dict.fromkeys(names.group_of(ours) for ours in parameters):
-        values = group.to_theirs([parameters[ours].detach() for ours in group.ours])
-        tensors.update({t: v.float().contiguous() for t, v in zip(group.theirs, values, strict=True)})
-    short = tensors["transformer.wte.weight"].bfloat16()
-    if torch.equal(short.float(), tensors["transformer.wte.weight"]):
-        tensors["transformer.wte.weight"] = short
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"model_{step:06d}.pt"
-    torch.save(tensors, weights)
-    _meta_of(weights).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+def meta_file(weights: Path) -> Path:
+    """The file of sizes that belongs to a file of weights."""
+    return weights.with_name(f"meta_{weights.stem.removeprefix('model_')}.json")
 
 
 def _step_of(weights: Path) -> int:
@@ -186,10 +125,35 @@ def _step_of(weights: Path) -> int:
     return int(match[1])
 
 
-def _meta_of(weights: Path) -> Path:
-    return weights.with_name(weights.name.replace("model_", "meta_").replace(".pt", ".json"))
+def _unpickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"(?:WeightsUnpickler error:|Trying to load)\s*(.+)", str(error))
+        raise CheckpointError(
+            f"{file}: holds more than tensors, which could run code, so it is not read: "
+            f"{reason[1] if reason else error}"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: damaged, or not written by torch.save: {str(error).splitlines()[0]}; copy it again"
+        ) from None
 
 
-def _files(spec: ModelSpec) -> NanochatSpec:
-    assert spec.family.nanochat is not None
-    return spec.family.nanochat
+def _tensors_of(state: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict by name."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: is a {type(state).__name__}, not a dict of tensors")
+    found: dict[str, Tensor] = {}
+    wrong = []
+    for key, value in state.items():
+        name = str(key).removeprefix("_orig_mod.")  # of a compiled model
+        if name in found:
+            wrong.append(f"{name} is there twice, once with _orig_mod.")
+        elif not isinstance(value, Tensor) or not value.is_floating_point():
+            wrong.append(f"{name} is no tensor of floating-point numbers")
+        else:
+            found[name] = value
+    if wrong:
+        raise CheckpointError(f"{file}:" + "".join(f"\n  {line}" for line in wrong))
+    return found

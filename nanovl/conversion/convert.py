@@ -15,6 +15,7 @@ from nanovl.checkpoint.hf import kinds, main_dtype
 from nanovl.checkpoint.locate import find_source
 from nanovl.checkpoint.tensors import InDtype, Renamed, Tensors
 from nanovl.conversion.hf_directory import HuggingFaceTarget
+from nanovl.conversion.nanochat_files import NanochatTarget
 from nanovl.conversion.ours import DcpTarget, PlainTarget, RunTarget
 from nanovl.conversion.target import Model, Target
 from nanovl.errors import CheckpointError, ConfigError, RunError
@@ -25,6 +26,7 @@ TARGETS: dict[str, type[Target]] = {
     "run": RunTarget,
     "dcp": DcpTarget,
     "safetensors": PlainTarget,
+    "nanochat": NanochatTarget,
 }
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = "5GB"

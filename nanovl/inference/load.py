@@ -1,4 +1,4 @@
-"""`nanovl.load`: a run, a checkpoint or a Hugging Face directory -> model, tokenizer and job in one process."""
+"""`nanovl.load`: what a model is kept in -> model, tokenizer and job in one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Loaded:
     """Call it on tokens_BT (int64) for float32 logits [B, T, V]."""
     tokenizer: AnyTokenizer
     job: Job | None
-    """The job that trained it; None for a Hugging Face directory."""
+    """The job that trained it; None where that is not known: a Hugging Face directory, nanochat's folder."""
     spec: ModelSpec
     path: Path
     """The checkpoint or directory the weights came from."""
@@ -32,7 +32,8 @@ class Loaded:
 def load(
     path: str | Path, *, device: str | torch.device = "", dtype: str | torch.dtype = torch.float32
 ) -> Loaded:
-    """Load weights and tokenizer from a run folder (newest checkpoint), a checkpoint or a Hugging Face directory.
+    """Load weights and tokenizer from a run folder (newest checkpoint), a checkpoint, a Hugging Face directory, or a
+    folder of nanochat's own checkpoints (newest, or the file of weights that is named).
 
     `device` defaults to the GPU if there is one; `dtype` is that of the weights. Raises CheckpointError, ConfigError.
     """

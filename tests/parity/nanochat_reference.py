@@ -6,17 +6,20 @@ Names of parameters are nanochat's. A row is one document.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovl.checkpoint.nanochat_pt import load_nanochat_weights, spec_of_nanochat
+from nanovl.checkpoint.locate import find_source
 from nanovl.spec import ModelSpec
+from nanovl.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,24 @@ def write(folder: Path, model: Reference, *, step: int = 12, prefix: str = "", *
     return folder
 
 
+def write_tokenizer(folder: Path) -> tiktoken.Encoding:
+    """tokenizer.pkl as nanochat saves it: 256 bytes, two tokens more, nine special ones."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
+    specials = {name: 258 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    encoding = tiktoken.Encoding(
+        "rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    return encoding
+
+
 def imported(path: Path) -> tuple[nn.Module, ModelSpec]:
     """Ours, from the files at `path`."""
-    spec = spec_of_nanochat(path)
-    model = spec.family.model(spec.config)
-    load_nanochat_weights(path, model, spec)
-    return model, spec
+    source = find_source(path)
+    model = source.spec.family.model(source.spec.config)
+    source.fill(model, source.spec)
+    return model, source.spec
 
 
 def random_tokens(length: int, seed: int = 0) -> torch.Tensor:

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from nanochat_reference import ERAS, Reference, imported, random_tokens, reference, write
+from nanochat_reference import ERAS, Reference, imported, random_tokens, reference, write, write_tokenizer
 
-from nanovl.checkpoint.nanochat_pt import (
-    is_nanochat,
-    save_nanochat,
-    tokenizer_folder,
-)
-from nanovl.errors import CheckpointError
+from nanovl.checkpoint.locate import find_source
+from nanovl.cli import main
+from nanovl.conversion.convert import convert, plan
+from nanovl.errors import CheckpointError, ConfigError
+from nanovl.inference.load import load
 
 
 @pytest.mark.parametrize("day", ["2025-10-13", "2026-03-14"])
@@ -31,44 +30,73 @@ def test_prefixes_and_padding(tmp_path: Path, day: str, padding: bool) -> None:
     assert (theirs(tokens) - ours(tokens)).abs().max() <= 2e-5
 
 
-def test_first_release_returns_bit_equal(tmp_path: Path) -> None:
-    theirs = reference("2025-10-13", vocab=192)
-    ours, spec = imported(write(tmp_path / "in", theirs, step=650))
-    save_nanochat(tmp_path / "out", dict(ours.named_parameters()), spec, 650)
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta_000650.json", "model_000650.pt"]
-    before, after = (
-        torch.load(tmp_path / name / "model_000650.pt", weights_only=True) for name in ("in", "out")
-    )
+@pytest.mark.parametrize("through", [None, "run", "dcp", "safetensors"])
+def test_first_release_returns_bit_equal(tmp_path: Path, through: str | None) -> None:
+    theirs = reference("2025-10-13", vocab=267, padding=False)
+    here = write(tmp_path / "in", theirs, step=650)
+    write_tokenizer(here / "tokenizer")
+    if through is not None:
+        here = convert(here, tmp_path / "through", to=through)
+    convert(here, tmp_path / "out", to="nanochat")
+    read, written = tmp_path / "in", tmp_path / "out"
+    assert sorted(os.listdir(written)) == ["meta_000650.json", "model_000650.pt", "tokenizer"]
+    before, after = (torch.load(place / "model_000650.pt", weights_only=True) for place in (read, written))
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.dtype == after[name].dtype, name
         assert torch.equal(value, after[name]), name
-    meta = json.loads((tmp_path / "out" / "meta_000650.json").read_text())
-    assert meta == {"step": 650, "model_config": theirs.config}
-    again = Reference(ERAS["2025-10-13"], meta["model_config"], 192)
+    for name in ("meta_000650.json", "tokenizer/tokenizer.pkl"):
+        assert (written / name).read_bytes() == (read / name).read_bytes()
+    again = Reference(
+        ERAS["2025-10-13"], json.loads((written / "meta_000650.json").read_text())["model_config"], 267
+    )
     again.load_state_dict(after)
     assert torch.equal(again(random_tokens(9)), theirs(random_tokens(9)))
 
 
-def test_an_embedding_that_bfloat16_would_round_is_written_whole(tmp_path: Path) -> None:
-    ours, spec = imported(write(tmp_path / "in", reference("2025-10-13", vocab=192)))
-    with torch.no_grad():
-        ours.get_parameter("embed_tokens.weight")[0, 0] = 1 / 3
-    save_nanochat(tmp_path / "out", dict(ours.named_parameters()), spec, 3)
-    wte = torch.load(tmp_path / "out" / "model_000003.pt", weights_only=True)["transformer.wte.weight"]
-    assert torch.equal(wte, ours.get_parameter("embed_tokens.weight"))
-
-
 def test_what_nanochat_would_compute_differently_is_not_written(tmp_path: Path) -> None:
-    ours, spec = imported(write(tmp_path / "in", reference("2025-10-13")))
-    spec.config.norm.eps = 1e-6
+    """transformers' own epsilon; an era whose files are only read; a tokenizer of another kind."""
+    write_tokenizer(write(tmp_path / "pt", reference("2025-10-13", vocab=267)))
+    hf = convert(tmp_path / "pt", tmp_path / "hf", to="hf")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
     with pytest.raises(
-        ValueError, match=r"model\.norm\.eps = 1e-06: cannot be written; nanochat's own code has 1\.19"
+        ConfigError, match=r"model\.norm\.eps = 1e-06: cannot be written; nanochat's own code has 1\.19"
     ):
-        save_nanochat(tmp_path / "out", dict(ours.named_parameters()), spec, 3)
-    ours, spec = imported(write(tmp_path / "later", reference("2026-03-14")))
-    with pytest.raises(CheckpointError, match="only nanochat's first release, nanochat_v1, is written"):
-        save_nanochat(tmp_path / "out", dict(ours.named_parameters()), spec, 3)
+        plan(hf, to="nanochat")
+    (hf / "config.json").write_text(json.dumps(config))
+    split = (hf / "tokenizer.json").read_text().replace("{1,2}", "{1,3}")
+    (hf / "tokenizer.json").write_text(split)
+    with pytest.raises(CheckpointError, match=r"hf: holds a tokenizer that nanochat cannot read"):
+        plan(hf, to="nanochat")
+    write_tokenizer(write(tmp_path / "later", reference("2026-03-14", vocab=267)))
+    with pytest.raises(
+        CheckpointError, match=r"nanochat: of nanochat's files only those of its first release"
+    ):
+        plan(tmp_path / "later", to="nanochat")
+
+
+@pytest.mark.parametrize("day", ["2025-10-13", "2026-03-14"])
+def test_load_generate_and_convert_take_such_a_folder(
+    tmp_path: Path, day: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = reference(day, vocab=267)
+    folder = write(tmp_path / "pt", theirs)
+    encoding = write_tokenizer(folder / "tokenizer")
+    loaded = load(folder)
+    text = "the other day"
+    ids = [encoding.encode_single_token("<|bos|>"), *encoding.encode_ordinary(text)]
+    assert loaded.tokenizer.encode(text, bos=True) == ids
+    assert (loaded.model(torch.tensor([ids])) - theirs(torch.tensor([ids]))).abs().max() <= 2e-5
+    assert main(["generate", str(folder), "--prompt", text, "--max-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert main(["convert", str(folder), "--to", "run", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    run = load(tmp_path / "run")
+    assert run.path.name == "step_000012"
+    assert main(["generate", str(tmp_path / "run"), "--prompt", text, "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == said
+    assert main(["chat", str(folder), "-p", text, "--temperature", "0", "--max-tokens", "4"]) == 0
 
 
 def test_the_newest_step_or_the_one_that_is_named(tmp_path: Path) -> None:
@@ -77,10 +105,12 @@ def test_the_newest_step_or_the_one_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_000099_backup.pt").touch()
     tokens = random_tokens(5)
     for path, seed in ((tmp_path, 2), (tmp_path / "model_000005.pt", 1)):
-        assert is_nanochat(path)
         ours, _ = imported(path)
         assert (ours(tokens) - reference("2025-10-13", seed=seed)(tokens)).abs().max() <= 2e-5
-    assert not is_nanochat(tmp_path / "meta_000005.json")
+    with pytest.raises(
+        CheckpointError, match=r"meta_000005\.json: neither a run folder, .*folder of nanochat's checkpoints"
+    ):
+        imported(tmp_path / "meta_000005.json")
 
 
 def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -89,6 +119,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     state["bigram_embed.embed.weight"] = torch.zeros(3, 64)
     state["x0_lambdas"] = torch.zeros(4)
     state["transformer.h.3.attn.c_q.weight"] = torch.zeros(63, 64)
+    state["transformer.h.2.mlp.c_fc.weight"] = torch.zeros(64, 64)
     del state["value_embeds.2.weight"], state["smear_lambda"]
     torch.save(state, tmp_path / "model_000012.pt")
     with pytest.raises(CheckpointError) as error:
@@ -97,9 +128,12 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         f"{tmp_path}/model_000012.pt does not fit nanochat:",
         "  missing smear_lambda",
         "  missing value_embeds.2.weight",
-        "  transformer.h.3.attn.c_q.weight is (63, 64); layers.3.mixer.q_proj.weight wants (64, 64)",
+        "  transformer.h.2.mlp.c_fc.weight is (64, 64), the model wants (256, 64)",
+        "  transformer.h.3.attn.c_q.weight is (63, 64), which cannot be rearranged into "
+        "layers.3.mixer.q_proj.weight (64, 64)",
         "  unknown bigram_embed.embed.weight",
-        "  x0_lambdas is (4,); layers.0.blend.embedding wants (1,)",
+        "  x0_lambdas is (4,), which cannot be rearranged into "
+        + ", ".join(f"layers.{i}.blend.embedding (1,)" for i in range(5)),
     ]
 
 
@@ -136,7 +170,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([torch.zeros(2)], "it is a list, not a dict of tensors"),
+        ([torch.zeros(2)], "is a list, not a dict of tensors"),
         ({"step": 3}, "step is no tensor of floating-point numbers"),
         ({"wte": torch.zeros(2, dtype=torch.int32)}, "wte is no tensor of floating-point numbers"),
         ({"a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, "a is there twice, once with _orig_mod."),
@@ -257,6 +291,20 @@ def test_a_gate_of_no_era_is_refused(tmp_path: Path) -> None:
         imported(tmp_path)
 
 
+def test_a_part_of_the_model_takes_what_it_has(tmp_path: Path) -> None:
+    """As a stage of a pipeline, which holds some of the layers, and of the lambdas that are one vector there."""
+    source = find_source(write(tmp_path, reference("2026-03-14")))
+    whole, _ = imported(tmp_path)
+    part = source.spec.family.model(source.spec.config)
+    for name in ("0", "1", "4"):
+        del part.layers[name]
+    del part.embed_tokens, part.smear
+    source.fill(part, source.spec)
+    assert "layers.2.blend.stream" in dict(part.named_parameters())
+    for name, value in part.named_parameters():
+        assert torch.equal(value, whole.get_parameter(name)), name
+
+
 def test_windows_of_a_silent_meta_file_are_long(tmp_path: Path) -> None:
     theirs = reference("2026-01-11")
     del theirs.config["window_pattern"]
@@ -271,9 +319,9 @@ def test_where_the_tokenizer_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"no tokenizer\.pkl or tokenizer\.json in .*d5/tokenizer, .*d5, "
     ):
-        tokenizer_folder(folder)
+        _ = find_source(folder).tokenizer
     for place in (tmp_path / "tokenizer", folder, folder / "tokenizer"):
         place.mkdir(exist_ok=True)
         (place / "tokenizer.pkl").touch()
-        assert tokenizer_folder(folder).resolve() == place.resolve()
-        assert tokenizer_folder(folder / "model_000012.pt").resolve() == place.resolve()
+        assert find_source(folder).tokenizer.resolve() == place.resolve()
+        assert find_source(folder / "model_000012.pt").tokenizer.resolve() == place.resolve()
