@@ -10,13 +10,14 @@ from nanovl.log import out
 
 
 def main(argv: list[str]) -> int:
-    """`nanovl convert SRC --to hf|run|dcp|safetensors --out DIR`. Raises NanovlError."""
+    """`nanovl convert SRC --to hf|run|dcp|safetensors|nanochat --out DIR`. Raises NanovlError."""
     parser = argparse.ArgumentParser(prog="nanovl convert", description=__doc__, allow_abbrev=False)
     parser.add_argument("src", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
     parser.add_argument(
         "--to",
         required=True,
-        help="hf: a Hugging Face directory; run: a run folder; dcp: a checkpoint; safetensors: one of plain weights",
+        help="hf: a Hugging Face directory; run: a run folder; dcp: a checkpoint; safetensors: one of plain weights; "
+        "nanochat: files of its first release",
     )
     parser.add_argument("--out", help="new folder to write it to")
     parser.add_argument(

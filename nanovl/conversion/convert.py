@@ -42,7 +42,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     shard_size: str | None = None,
 ) -> Path:
-    """Write the model at `src` to the new folder `dst` as `to`: hf, run, dcp (a checkpoint) or safetensors.
+    """Write the model at `src` to the new folder `dst` as `to`: hf, run, dcp (a checkpoint), safetensors or nanochat.
 
     `dtype` is that of written parameters; None = as they are stored. `shard_size`, for hf, is the most that one file
     holds (5GB). Returns `dst`. Raises CheckpointError with every weight that does not fit, ConfigError, RunError; then
