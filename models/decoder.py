@@ -24,7 +24,7 @@ from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.moe import Moe, MoeConfig
 from nanovl.models.blocks.mtp import MtpConfig, MtpModule
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
-from nanovl.spec import FREE, Cut, Inputs, Model, Stream, TensorPlan, expert_layers
+from nanovl.spec import FREE, GROWN, Cut, Inputs, Model, Stream, TensorPlan, expert_layers
 
 # B batch, T tokens, D model, V vocabulary
 
@@ -96,7 +96,7 @@ class DecoderConfig:
     """Context the checkpoint is meant for, tokens."""
     init: InitConfig = field(default_factory=InitConfig, metadata=FREE)
     """How weights begin."""
-    mtp: MtpConfig | None = None
+    mtp: MtpConfig | None = field(default=None, metadata=GROWN)
     """Multi-token prediction: modules that predict later tokens too, in training."""
 
     def layer_names(self) -> list[str]:

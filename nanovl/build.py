@@ -10,6 +10,7 @@ from torch import nn
 
 from nanovl import dist
 from nanovl.checkpoint.locate import fill, spec_at
+from nanovl.checkpoint.tensors import weights_of
 from nanovl.config.check import check_job, data_parallel_degree
 from nanovl.config.schema import Job
 from nanovl.data.documents import training_texts
@@ -19,13 +20,14 @@ from nanovl.log import Log
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
 from nanovl.optim.build import Optimizers
+from nanovl.optim.groups import shorten
 from nanovl.optim.scaling import SizeRules, horizon_tokens, size_rules
 from nanovl.parallelisms.apply import parallelism_mistakes, parallelize
 from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.registry import resolve_model
 from nanovl.run import Run
-from nanovl.spec import ModelSpec, computed, expert_layers
+from nanovl.spec import ModelSpec, computed, expert_layers, ungrown
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
 
@@ -102,18 +104,29 @@ def build_model(
     if not fresh:
         return parallel
     if job.checkpoint.initial_load_path:
-        source = Path(job.checkpoint.initial_load_path)
-        given = spec_at(source)
-        if wrong := differences(given, spec):
-            raise ConfigError(
-                wrong, f"checkpoint.initial_load_path: {source} holds another model than [model]"
-            )
-        fill(parallel.whole, source, spec)
-        log.say(f"  weights   {source}")
+        load_initial(parallel, job, spec, log)
     else:
         for part in parallel.parts:
             init_weights(part, job.debug.seed)
     return parallel
+
+
+def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -> None:
+    """Begin with the weights at `checkpoint.initial_load_path`, and with fresh ones in parts that these lack."""
+    source, grow = Path(job.checkpoint.initial_load_path), job.checkpoint.initial_load_grow
+    given = spec_at(source)
+    known = replace(spec, config=ungrown(spec.config, given.config)) if grow else spec
+    if wrong := differences(given, known):
+        raise ConfigError(wrong, f"checkpoint.initial_load_path: {source} holds another model than [model]")
+    fresh = weights_of(spec).keys() - weights_of(known).keys()
+    if grow and not fresh:
+        raise ConfigError(
+            f"checkpoint.initial_load_grow = true: {source} has every part of the model; leave it out"
+        )
+    for part in parallel.parts:
+        init_weights(part, job.debug.seed, fresh)
+    fill(parallel.whole, source, known, fresh)
+    log.say(f"  weights   {source}" + (f"; fresh: {shorten(sorted(fresh))}" if fresh else ""))
 
 
 def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -44,6 +44,25 @@ class ModelConfig(Protocol):
 
 FREE = MappingProxyType({"free": True})
 """Metadata of config fields that say how a model begins, learns or runs, but not what its weights compute."""
+
+
+GROWN = MappingProxyType({"grown": True})
+"""Metadata of sections that add parts with weights of their own to a model that works without them."""
+
+
+def ungrown(config: Any, like: Any) -> Any:
+    """A copy of `config` without the GROWN sections that `like`, or what it holds in the same place, lacks."""
+    if isinstance(config, dict):
+        held = like if isinstance(like, dict) else {}
+        return {key: ungrown(value, held.get(key)) for key, value in config.items()}
+    if not is_dataclass(config) or isinstance(config, type):
+        return config
+    changes = {}
+    for f in fields(config):
+        theirs = getattr(like, f.name, None)
+        lacking = f.metadata.get("grown") and theirs is None
+        changes[f.name] = None if lacking else ungrown(getattr(config, f.name), theirs)
+    return replace(config, **changes)
 
 
 def computed(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 
@@ -17,13 +18,16 @@ def materialize(model: Model, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: Model, seed: int) -> None:
-    """Draw every parameter in full from a generator seeded by (seed, its name), keep this rank's part.
+def init_weights(model: Model, seed: int, names: Collection[str] | None = None) -> None:
+    """Draw every parameter, or those called `names`, in full from a generator seeded by (seed, its name), keep this
+    rank's part.
 
     DTensor's own random init depends on the mesh, and on a CPU mesh gives every shard the same values. This depends on
     nothing but seed and name, at the price of one whole parameter in memory at a time.
     """
     for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         full = torch.empty(parameter.shape, dtype=torch.float32)
         model.init_parameter(name, full, named_generator(seed, name))
         copy_full(parameter, full)

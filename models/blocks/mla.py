@@ -23,7 +23,7 @@ from nanovl.models.blocks.kernels import varlen_mistakes
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
 from nanovl.models.blocks.sparse_core import SparseCore
-from nanovl.spec import FREE, Cut, TensorPlan
+from nanovl.spec import FREE, GROWN, Cut, TensorPlan
 
 # B batch, T tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
 
@@ -54,7 +54,7 @@ class MlaConfig:
     """Keys a query sees, itself included; none = all."""
     kernel: Kernel = field(default="auto", metadata=FREE)
     """As of `attention`; no `flex` with an indexer."""
-    indexer: IndexerConfig | None = None
+    indexer: IndexerConfig | None = field(default=None, metadata=GROWN)
     """Chooses the keys that a query attends to (DeepSeek-V3.2); none = all."""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
@@ -43,6 +44,7 @@ def spec_at(path: Path) -> ModelSpec:
     return find_source(path).spec
 
 
-def fill(model: nn.Module, path: Path, spec: ModelSpec) -> None:
-    """Load the weights at `path` into `model`, plain or sharded. Raises CheckpointError listing every key at fault."""
-    find_source(path).fill(model, spec)
+def fill(model: nn.Module, path: Path, spec: ModelSpec, without: Collection[str] = ()) -> None:
+    """Load the weights at `path`, of `spec`, into `model`, plain or sharded, which may have more: the tensors called
+    `without`. Raises CheckpointError listing every key at fault."""
+    find_source(path).fill(model, spec, without)

@@ -199,9 +199,10 @@ def save_weights(folder: Path, weights: Tensors, meta: Mapping[str, Any], *, pla
     _flush_folder(folder)
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fill `model` alone from `checkpoint`, of any mesh. Raises CheckpointError listing every key at fault."""
-    state = {"model": _model_state(model)}
+def load_weights(checkpoint: Path, model: nn.Module, without: Collection[str] = ()) -> None:
+    """Fill `model` alone, but for the tensors called `without`, from `checkpoint`, of any mesh. Raises CheckpointError
+    listing every key at fault."""
+    state = {"model": {name: value for name, value in _model_state(model).items() if name not in without}}
     _read_state(checkpoint, state, whole=False)
     set_model_state_dict(model, state["model"], options=_CHECKED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class Source(ABC):
     def weights(self, spec: ModelSpec) -> Tensors:
         """All weights under our names, none read yet. Raises CheckpointError listing every one that does not fit."""
 
-    def fill(self, model: nn.Module, spec: ModelSpec) -> None:
-        """Load the weights into `model`, plain, sharded, or a pipeline's part. Raises as `weights`."""
+    def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
+        """Load the weights into `model`, plain, sharded, or a pipeline's part, which may have more: the tensors called
+        `without`. Raises as `weights`."""
         fill(model, self.weights(spec))
 
     @property
@@ -90,11 +92,11 @@ class Checkpoint(Source):
         wanted = weights_of(spec)
         return under_our_names(stored, same_names(wanted), wanted, f"{self.path} does not fit the model")
 
-    def fill(self, model: nn.Module, spec: ModelSpec) -> None:
+    def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
         if self._is_plain:
             super().fill(model, spec)
         else:
-            load_weights(self.path, model)  # each rank reads its own part
+            load_weights(self.path, model, without)  # each rank reads its own part
 
     @property
     def tokenizer(self) -> Path:

@@ -21,6 +21,7 @@ def check_job(job: Job, world_size: int) -> list[str]:
         *_tokenizer(job),
         *_sources(job),
         *_optimizer(job),
+        *_checkpoint(job),
     ]
 
 
@@ -277,3 +278,12 @@ def _optimizer(job: Job) -> list[str]:
             "set it to 0, or parallelism.context_parallel_degree = 1"
         )
     return mistakes
+
+
+def _checkpoint(job: Job) -> list[str]:
+    if not job.checkpoint.initial_load_grow or job.checkpoint.initial_load_path:
+        return []
+    return [
+        "checkpoint.initial_load_grow = true: there are no weights to begin with; set checkpoint.initial_load_path, or "
+        "leave it out"
+    ]

@@ -16,7 +16,6 @@ from nanovl.inference.engine import Engine
 from nanovl.inference.load import load
 from nanovl.metrics import read_metrics
 from nanovl.models.blocks.mla import LatentAttention
-from nanovl.parallelisms.init import init_weights
 from nanovl.registry import family, read_job, resolve_model
 from nanovl.trainer import train
 
@@ -36,38 +35,50 @@ def index_loss(kind: str) -> list[str]:
     return [f"--model.blocks.{name}.mixer.indexer.index_loss={kind}" for name in ("dense", "moe")]
 
 
-def run(folder: Path, flags: list[str], files: list[Path]) -> list[float]:
-    """Mean loss of the indexers at each step."""
-    job = read_job(files, [*flags, f"--job.run_dir={folder}", "--model.name=deepseek_v32"])
-    train(job)
-    return [r["indexer/kl"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r]
+def run(
+    folder: Path,
+    flags: list[str],
+    *files: Path,
+    name: str = "deepseek_v32",
+    begin: str = "",
+    grow: bool = False,
+) -> list[float]:
+    """Mean loss of the indexers at each step, if there are any; `begin` = the run beside this one to start from."""
+    flags = [*flags, f"--job.run_dir={folder}", f"--model.name={name}"]
+    if begin:
+        path = f"--checkpoint.initial_load_path={folder.parent / begin}"
+        flags += [path, f"--checkpoint.initial_load_grow={str(grow).lower()}"]
+    train(read_job([CONFIG, *files], flags))
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r]
+    return [r["indexer/kl"] for r in records if "indexer/kl" in r]
 
 
 def test_warm_up_teaches_the_indexer_alone_then_all_learn(tmp_path: Path, tiny_flags: list[str]) -> None:
     (tmp_path / "frozen.toml").write_text(FROZEN)
-    flags = [*tiny_flags, "--model.init.std=0.2", "--lr_schedule.kind=constant"]
+    flags = [*tiny_flags, "--model.init.std=0.2", "--lr_schedule.kind=constant", "--training.steps=2"]
+    assert run(tmp_path / "v3", flags, name="deepseek_v3") == []
+
     held = [*flags, "--model.blocks.moe.ffn.bias_update_speed=0", "--training.steps=16", *index_loss("dense")]
-    losses = run(tmp_path / "warm", held, [CONFIG, tmp_path / "frozen.toml"])
+    with pytest.raises(ConfigError, match=r"dense\.mixer\.indexer\.index_head_dim = 16: it has None"):
+        run(tmp_path / "refused", held, begin="v3")
+    losses = run(tmp_path / "warm", held, tmp_path / "frozen.toml", begin="v3", grow=True)
     assert losses[-1] < 0.6 * losses[0], losses
+    before, warm = (load(tmp_path / name, device="cpu").model.state_dict() for name in ("v3", "warm"))
+    assert {name for name in warm if name not in before} == {name for name in warm if "indexer" in name}
+    assert all(torch.equal(warm[name], weight) for name, weight in before.items())
 
-    warm = load(tmp_path / "warm", device="cpu")
-    begun = warm.spec.family.model(warm.spec.config)
-    begun.init_buffers(torch.device("cpu"))
-    assert warm.job is not None
-    init_weights(begun, warm.job.debug.seed)
-    learned = warm.model.state_dict()
-    for name, start in begun.state_dict().items():
-        assert torch.equal(learned[name], start) == ("indexer" not in name), name
-
-    more = [
-        f"--checkpoint.initial_load_path={tmp_path / 'warm'}",
-        "--training.steps=2",
-        *index_loss("sparse"),
-    ]
-    assert all(loss < losses[0] for loss in run(tmp_path / "all", [*flags, *more], [CONFIG]))
+    with pytest.raises(ConfigError, match=r"initial_load_grow = true: .* has every part of the model"):
+        run(tmp_path / "refused too", flags, begin="warm", grow=True)
+    more = run(tmp_path / "all", [*flags, *index_loss("sparse")], begin="warm")
+    assert all(loss < losses[0] for loss in more)
     moved = load(tmp_path / "all", device="cpu")
-    assert all(not torch.equal(p, learned[name]) for name, p in moved.model.named_parameters())
+    assert all(not torch.equal(p, warm[name]) for name, p in moved.model.named_parameters())
     assert len(Engine(moved).generate([list(range(1, 30))], max_tokens=2)[0].ids) == 2
+
+
+def test_growing_wants_weights_to_begin_with(tiny_flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"initial_load_grow = true: .* set checkpoint.initial_load_path"):
+        read_job([CONFIG], [*tiny_flags, "--checkpoint.initial_load_grow=true"])
 
 
 def model(kind: str, flavor: str = "671b-a37b") -> Any:

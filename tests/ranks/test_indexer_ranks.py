@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matrix import degrees
 from meshes import EXPERTS, GRADIENT, LOSS, VOCAB, WEIGHT, job_of
+from torch import Tensor
 
 from nanovl.build import build_model
-from nanovl.config.schema import ActivationCheckpoint, Job, Model, Parallelism
+from nanovl.checkpoint.hf import save_hf
+from nanovl.checkpoint.tensors import named_weights
+from nanovl.config.schema import ActivationCheckpoint, Checkpoint, Job, Model, Parallelism
 from nanovl.device import Modes
 from nanovl.dist import fork_ranks
 from nanovl.log import Log
 from nanovl.mesh import build_mesh
 from nanovl.optim.index_loss import IndexLosses
 from nanovl.parallelisms.apply import parallelism_mistakes
+from nanovl.parallelisms.init import init_weights
 from nanovl.registry import resolve_model
 from nanovl.step import train_step
-from nanovl.verify import Outcome, compare, made_up_rows, on_one_rank, outcome_on, shake
+from nanovl.verify import Outcome, compare, made_up_rows, on_one_rank, outcome_on, shake, whole
 
 CPU = torch.device("cpu")
 
@@ -136,6 +141,32 @@ def test_the_loss_that_is_logged_is_that_of_the_whole_job(mesh: str) -> None:
     for found in fork_ranks(losses_on_rank, MESHES[mesh][0], asked, MESHES[mesh][0]):
         for a, b in zip(found, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
+
+
+def grown_on_rank(rank: int, asked: Job, world: int) -> dict[str, Tensor]:
+    mesh = build_mesh(asked.parallelism, world, CPU)
+    spec = resolve_model(asked.model, 512)
+    model = build_model(asked, spec, mesh, Modes(torch.float32, False), CPU, Log(1), fresh=True)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def test_a_dense_model_of_hugging_face_grows_an_indexer_on_every_mesh(tmp_path: Path) -> None:
+    """Its weights are there, and the indexer's are those of a fresh model."""
+    given = resolve_model(Model(name="deepseek_v3", flavor="debug"), 512)
+    theirs = given.family.model(given.config)
+    init_weights(theirs, 7)
+    save_hf(tmp_path, named_weights(theirs), given, torch.float32)
+    asked = Job(
+        model=Model(name="deepseek_v32", flavor="debug"), parallelism=Parallelism(tensor_parallel_degree=2)
+    )
+    asked.checkpoint = Checkpoint(initial_load_path=str(tmp_path), initial_load_grow=True)
+    wanted = resolve_model(asked.model, 512)
+    fresh = wanted.family.model(wanted.config)
+    init_weights(fresh, asked.debug.seed)
+    expected = {**dict(fresh.named_parameters()), **dict(theirs.named_parameters())}
+    for found in fork_ranks(grown_on_rank, 2, asked, 2):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
