@@ -24,6 +24,9 @@ MODELS: dict[str, Model] = {
     "qwen3 tied": Model(
         name="qwen3", flavor="debug", overrides={"num_hidden_layers": 4, "tie_word_embeddings": True}
     ),
+    "qwen3 mtp": Model(
+        name="qwen3", flavor="debug", overrides={"num_hidden_layers": 4, "mtp": {"num_layers": 2}}
+    ),
     "nanochat": Model(
         name="nanochat",
         overrides={

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import meshes
 import pytest
 from matrix import degrees, method, schedule
 from meshes import EXPERTS, GRADIENT, LOSS, WEIGHT, job_of
@@ -15,9 +16,7 @@ from nanovl.verify import Outcome, compare, on_one_rank, outcome_on
 
 BALANCED = {"scoring": "sigmoid", "load_balancing": "bias", "sequence_aux_loss_coef": 0.02}
 MODELS = {
-    "depth 2": Model(
-        name="qwen3", flavor="debug", overrides={"num_hidden_layers": 4, "mtp": {"num_layers": 2}}
-    ),
+    "depth 2": meshes.MODELS["qwen3 mtp"],
     "depth 2, before the norm, tied": Model(
         name="gemma3",
         flavor="debug",

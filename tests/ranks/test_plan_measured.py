@@ -276,6 +276,11 @@ PIPELINE = "pipeline_parallel_schedule"
                     {"pipeline_parallel_degree": 2, PIPELINE: "ZBVZeroBubble"},
                 ),
                 ("qwen3", 4, {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}),
+                ("qwen3 mtp", 2, {}),
+                ("qwen3 mtp", 2, {RECOMPUTE: "full"}),
+                ("qwen3 mtp", 2, {"tensor_parallel_degree": 2}),
+                ("qwen3 mtp", 2, {"context_parallel_degree": 2}),
+                ("qwen3 mtp", 2, {"pipeline_parallel_degree": 2}),
             ]
         ),
     ],
