@@ -17,6 +17,14 @@ SIZES = [
 ]
 
 
+WITHOUT_A_CLASS = {"nanochat", "grok2"}
+"""Their sizes are those of the code that made them: tests/models/test_nanochat.py, and grok2's own tests."""
+
+
+def test_no_family_is_forgotten() -> None:
+    assert {name for name in MODELS if family(name).hf is None} <= WITHOUT_A_CLASS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "flavor"), SIZES)
 def test_parameters_equal_transformers(name: str, flavor: str) -> None:
