@@ -1,4 +1,4 @@
-"""All pairs of tests/parity in one table, by family: those that test files call FAMILIES, and NanoChat's."""
+"""All pairs of tests/parity by family: those of the dicts that test files call FAMILIES, and NanoChat's."""
 
 from __future__ import annotations
 
@@ -18,5 +18,6 @@ def every_family() -> dict[str, HfFamily]:
     """Name in the registry -> transformers class and tiny configs."""
     found = {"nanochat_v1": NANOCHAT}
     for file in sorted(Path(__file__).parent.glob("test_*_hf.py")):
-        found |= getattr(import_module(file.stem), "FAMILIES", {})
+        named = getattr(import_module(file.stem), "FAMILIES", {})
+        found |= named if isinstance(named, dict) else {}
     return found
