@@ -13,9 +13,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from nanovl.dist import all_reduce
 
 
 class View(NamedTuple):
@@ -32,7 +35,8 @@ class View(NamedTuple):
         """What this rank reads of the gathered parameter."""
         if self.shard_dim is not None:
             return parameter.to_local()
-        local = parameter.to_local(grad_placements=[Partial()])
+        # its gradient is a partial sum; called whole it costs no all-reduce now, and `sum_copies` makes it true
+        local = parameter.to_local(grad_placements=[Replicate()])
         if self.pieces == 1:
             return local
         size = local.shape[self.dim] // self.pieces
@@ -77,6 +81,25 @@ def read_before(unit: nn.Module, modules: Iterable[tuple[nn.Module, Views]]) -> 
 
     # the compiler would take it for a part of the block
     unit.register_forward_pre_hook(torch.compiler.disable(read))
+
+
+def sum_copies(parameters: Iterable[nn.Parameter], axis: str, group: dist.ProcessGroup) -> None:
+    """Add up over the ranks of `axis` the gradients of parameters that each of them has whole, in one all-reduce."""
+    gradients = [
+        gradient.to_local()
+        for gradient in (parameter.grad for parameter in parameters)
+        if isinstance(gradient, DTensor) and _is_whole_on(gradient, axis)
+    ]
+    if not gradients:
+        return
+    total = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), group=group)
+    for gradient, found in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(found.view_as(gradient))
+
+
+def _is_whole_on(tensor: DTensor, axis: str) -> bool:
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return axis in names and tensor.placements[names.index(axis)].is_replicate()
 
 
 @cache  # layers of one kind share a class, and so one compiled graph

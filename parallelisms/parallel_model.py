@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nanovl.mesh import Mesh
 from nanovl.parallelisms.context_cut import SequenceCut
+from nanovl.parallelisms.local_views import sum_copies
 from nanovl.parallelisms.pipeline import Pipeline
 from nanovl.spec import Batch, Model, run_batch
 
@@ -72,7 +73,19 @@ class ParallelModel:
         """
         batches = [self.sequence.cut(batch) for batch in batches]
         if self.pipeline is not None:
-            return self.pipeline.backward(batches, objective, documents)
+            total = self.pipeline.backward(batches, objective, documents)
+        else:
+            total = self._backward(batches, objective, documents)
+        self.sum_copies()
+        return total
+
+    def sum_copies(self) -> None:
+        """The last part of backward: gradients of what every tensor rank has whole."""
+        group = self.mesh.group("tp")
+        if group is not None:
+            sum_copies(self.whole.parameters(), "tp", group)
+
+    def _backward(self, batches: Sequence[Batch], objective: Objective, documents: bool) -> Tensor:
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             self._sync_gradients(i == len(batches) - 1)

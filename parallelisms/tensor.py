@@ -8,7 +8,7 @@ Between modules each rank has a part of the sequence, so what lies there (norms,
     end            all-gather before the head, whose loss is parallel over the vocabulary
 
 Parameters that no plan names are whole on every rank and see a part of the sequence or of the heads, so their gradients
-are partial sums everywhere: FSDP adds them up over the tensor ranks before it shares them out. Experts are left alone:
+are partial sums everywhere: they are added up over the tensor ranks once a step, all together. Experts are left alone:
 they are cut by expert parallelism. An indexer is whole on every rank, and each takes an equal share of its loss.
 """
 

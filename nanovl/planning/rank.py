@@ -225,6 +225,7 @@ def _update(
         with ledger:
             if mesh.data_degree > 1:
                 all_reduce(torch.zeros(losses, dtype=torch.float64), group=mesh.group("batch"))
+            parallel.sum_copies()
             counted = [p for name, p in parameters.items() if name not in parallel.elsewhere]
             global_norm(counted, mesh.group("pp"))
             sum_over_ranks(mesh, *torch.zeros(losses + 1, dtype=torch.float64))

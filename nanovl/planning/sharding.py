@@ -29,8 +29,6 @@ class Unit:
     shards: int
     reshards: bool
     """Freed between forward and backward."""
-    partial_elements: tuple[int, ...]
-    """Whole sizes of parameters of which every tensor rank has a copy: their gradients are summed one by one."""
     largest_elements: int
     """Of its largest parameter, when gathered."""
 
@@ -75,7 +73,6 @@ def _unit(module: nn.Module, mesh: Mesh, reshards: bool) -> Unit:
         axis,
         mesh.size(axis),
         reshards,
-        tuple(n * mesh.size(axis) for n, p in zip(elements, parameters, strict=True) if _is_copied(p, "tp")),
         max(elements, default=0) * mesh.size(axis),
     )
 
@@ -110,8 +107,6 @@ def fsdp_traffic(units: Iterable[Unit], use: UseOfUnits) -> Traffic:
         if unit.shards > 1:
             traffic.add(unit.axis, "all-gather", gathers * unit.whole_elements * use.param_bytes, gathers)
             traffic.add(unit.axis, "reduce-scatter", summed * unit.whole_elements, use.reduces)
-        for elements in unit.partial_elements:
-            traffic.add("tp", "all-reduce", use.reduces * elements * use.param_bytes, use.reduces)
         if use.copies > 1:
             traffic.add("dp_replicate", "all-reduce", summed * unit.shard_elements, use.reduces)
     return traffic
@@ -147,9 +142,3 @@ def _own_parameters(unit: nn.Module) -> Iterable[nn.Parameter]:
 
 def _is_on(parameter: Any, axis: str) -> bool:
     return isinstance(parameter, DTensor) and axis in (parameter.device_mesh.mesh_dim_names or ())
-
-
-def _is_copied(parameter: Any, axis: str) -> bool:
-    if not _is_on(parameter, axis):
-        return False
-    return parameter.placements[parameter.device_mesh.mesh_dim_names.index(axis)].is_replicate()

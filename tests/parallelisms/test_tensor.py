@@ -25,7 +25,7 @@ from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.parallelisms.apply import parallelize
 from nanovl.parallelisms.collectives import all_reduce, gather, gather_for_all_alike, piece, reduce_scatter
-from nanovl.parallelisms.local_views import View, read_before, spread
+from nanovl.parallelisms.local_views import View, read_before, spread, sum_copies
 from nanovl.parallelisms.tensor import mistakes
 from nanovl.parallelisms.tensor_modules import RowLinear, VocabEmbedding, VocabHead, WidthNorm
 from nanovl.registry import resolve_model
@@ -122,6 +122,7 @@ def toy_gradients(rank: int) -> dict[str, Any]:
     read_before(toy, [(toy, spread(toy, cuts, mesh["tp"], {}))])
     fully_shard(toy, mesh=mesh["fsdp"])
     toy(torch.tensor([3.0 + 2 * rank])).backward()
+    sum_copies(toy.parameters(), "tp", mesh.get_group("tp"))
     return {name: whole_gradient(p) for name, p in toy.named_parameters()}
 
 
