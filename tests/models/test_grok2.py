@@ -92,7 +92,7 @@ def model_of(seed: int) -> Decoder:
     config.validate()
     model, generator = Decoder(config), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        std = 2.0 if "lm_head" in name or "router" in name or "q_proj" in name else 0.3
+        std = 2.0 if "router" in name or "q_proj" in name else 0.3
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, std, generator=generator)
     return model
 
@@ -106,8 +106,8 @@ def test_logits_and_all_gradients(seed: int) -> None:
     model, tokens = model_of(seed), tokens_of(seed)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected, actual = logits_of(tokens, weights, 2), model(tokens[None])[0]
-    assert expected.abs().max() > 15  # of 50
-    assert (expected - actual).abs().max() <= 1e-4
+    assert expected.abs().max() > 2.5  # below 50, that changes by 2e-3
+    assert (expected - actual).abs().max() <= 2e-5
     for logits in (expected, actual):
         F.cross_entropy(logits[:-1], tokens[1:]).backward()
     for name, parameter in model.named_parameters():
@@ -122,7 +122,7 @@ def test_places_are_those_in_the_document() -> None:
     packed = model(tokens[None], positions, (positions == 0).cumsum(1))[0]
     weights = dict(model.named_parameters())
     separate = torch.cat([logits_of(part, weights, 2) for part in tokens.split((25, 15))])
-    assert (packed - separate).abs().max() <= 1e-4
+    assert (packed - separate).abs().max() <= 2e-5
 
 
 def test_greedy_tokens_through_the_cache() -> None:
