@@ -169,6 +169,22 @@ def test_a_recomputed_layer_counts_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
 
 
+def test_bfloat16_is_near() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = layer_of().to(dtype)
+        layer.core.loss.tally = layer.core.loss.tally.double()  # type: ignore[union-attr]
+        layer.core.loss.step_tokens = 34  # type: ignore[union-attr]
+        layer(random_input().to(dtype), meta_of(layer)).sum().backward()
+        assert layer.indexer is not None
+        assert layer.indexer.q_proj.weight.grad is not None
+        assert layer.indexer.q_proj.weight.grad.dtype == dtype
+        found.append((layer.core.loss.tally[0], layer.indexer.q_proj.weight.grad.float()))  # type: ignore[union-attr]
+    (loss, gradient), (near_loss, near_gradient) = found
+    assert abs(loss - near_loss) < 0.05 * loss
+    assert (gradient - near_gradient).norm() < 0.3 * gradient.norm()
+
+
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_a_compiled_layer_is_the_same(backend: str) -> None:
     found = []
