@@ -209,11 +209,11 @@ class Decoder(Model):
         return x_BTD if self.config.logit_scale == 1.0 else self.config.logit_scale * x_BTD
 
     def look_ahead(
-        self, stream: Stream, ended_BTD: Tensor, ahead_BTK: Tensor, inputs: Inputs
+        self, stream: Stream, ended_BTD: Tensor, ahead_BTU: Tensor, inputs: Inputs
     ) -> list[Tensor]:
         hidden_BTD = ended_BTD if self.config.mtp.hidden == "post_norm" else stream[0]
         states = []
-        for module, ahead_BT in zip(self.mtp.values(), ahead_BTK.unbind(-1), strict=True):
+        for module, ahead_BT in zip(self.mtp.values(), ahead_BTU.unbind(-1), strict=True):
             x_BTD, hidden_BTD = module(hidden_BTD, self._embed(ahead_BT), inputs)
             states.append(x_BTD)
         return states

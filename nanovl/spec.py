@@ -232,14 +232,14 @@ class Model(nn.Module, ABC):
         doc_ids_BT: Tensor | None = None,
         *,
         stream: Stream | None = None,
-        ahead_BTK: Tensor | None = None,
+        ahead_BTU: Tensor | None = None,
         objective: Callable[..., Any] | None = None,
     ) -> Any:
         """Float32 logits [B, T, V], or what `objective(head, hidden_BTD)` returns.
 
         So the loss runs inside forward, where FSDP has gathered the head's weight, and logits need not exist all at
         once. Without positions a row counts from 0; without document ids it is one document. A part that does not
-        begin the model goes on from `stream`; one without the head returns its stream. With `ahead_BTK`, the tokens 1,
+        begin the model goes on from `stream`; one without the head returns its stream. With `ahead_BTU`, the tokens 1,
         2, ... places further on, the objective also gets the states that predict the tokens behind those.
         """
         if positions_BT is None:
@@ -251,8 +251,8 @@ class Model(nn.Module, ABC):
         if not hasattr(self, "lm_head"):
             return stream
         states = [self.end(stream)]
-        if ahead_BTK is not None:
-            states += self.look_ahead(stream, states[0], ahead_BTK, inputs)
+        if ahead_BTU is not None:
+            states += self.look_ahead(stream, states[0], ahead_BTU, inputs)
         states = [self.whole_rows(x_BTD) for x_BTD in states]
         return self.lm_head(states[0]) if objective is None else objective(self.lm_head, *states)
 
@@ -291,7 +291,7 @@ class Model(nn.Module, ABC):
         """The states [B, T, D] that the head reads."""
 
     def look_ahead(
-        self, stream: Stream, ended_BTD: Tensor, ahead_BTK: Tensor, inputs: Inputs
+        self, stream: Stream, ended_BTD: Tensor, ahead_BTU: Tensor, inputs: Inputs
     ) -> list[Tensor]:
         """The states with which a model of `mtp_layers` predicts later tokens; `ended_BTD` = those of `end`."""
         raise NotImplementedError(f"{type(self).__name__} predicts the next token alone")
@@ -351,7 +351,7 @@ def run_batch(
 ) -> Any:
     """What `objective(head, hidden_BTD, batch)` returns of a model or its last part, or another part's stream.
 
-    `documents` = attention stays inside a document. Of a batch with `ahead_BTK` the objective gets the states of
+    `documents` = attention stays inside a document. Of a batch with `ahead_BTU` the objective gets the states of
     `Model.look_ahead` as further arguments.
     """
     return model(
@@ -359,7 +359,7 @@ def run_batch(
         batch["positions_BT"],
         batch["doc_ids_BT"] if documents else None,
         stream=stream or None,
-        ahead_BTK=batch.get("ahead_BTK"),
+        ahead_BTU=batch.get("ahead_BTU"),
         objective=lambda head, x_BTD, *ahead: objective(head, x_BTD, batch, *ahead),
     )
 

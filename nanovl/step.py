@@ -18,7 +18,7 @@ from nanovl.optim.gradients import clip_gradients, global_norm
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.spec import Batch, Model
 
-# B rows, T tokens, D model, K depths of multi-token prediction
+# B rows, T tokens, D model, U depths of multi-token prediction
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def cross_entropies(
     mtp_factor: float,
     chunk_tokens: int,
 ) -> Tensor:
-    """The next token's `cross_entropy`, and that of each depth of multi-token prediction times `mtp_factor`, [1 + K];
+    """The next token's `cross_entropy`, and that of each depth of multi-token prediction times `mtp_factor`, [1 + U];
     each has a denominator of its own."""
     found = [cross_entropy(head, x_BTD, batch, denominator=denominators[0], chunk_tokens=chunk_tokens)]
     for k, ahead_BTD in enumerate(ahead):
-        weights_BT = batch["ahead_weights_BTK"][..., k] * (mtp_factor / denominators[1 + k])
-        targets_BT = batch["ahead_targets_BTK"][..., k]
+        weights_BT = batch["ahead_weights_BTU"][..., k] * (mtp_factor / denominators[1 + k])
+        targets_BT = batch["ahead_targets_BTU"][..., k]
         found.append(head.cross_entropy(ahead_BTD, targets_BT, weights_BT, chunk_tokens)[0])
     return torch.stack(found)
 
@@ -124,9 +124,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def loss_weights(batch: Batch) -> Tensor:
-    """Sums of the loss weights of next tokens, and of each depth's, [1 + K] float64."""
+    """Sums of the loss weights of next tokens, and of each depth's, [1 + U] float64."""
     next_1 = (batch["weights_BT"] * (batch["targets_BT"] >= 0)).sum(dtype=torch.float64)[None]
-    if "ahead_BTK" not in batch:
+    if "ahead_BTU" not in batch:
         return next_1
-    ahead_BTK = batch["ahead_weights_BTK"] * (batch["ahead_targets_BTK"] >= 0)
-    return torch.cat((next_1, ahead_BTK.sum((0, 1), dtype=torch.float64)))
+    ahead_BTU = batch["ahead_weights_BTU"] * (batch["ahead_targets_BTU"] >= 0)
+    return torch.cat((next_1, ahead_BTU.sum((0, 1), dtype=torch.float64)))

@@ -20,7 +20,7 @@ from nanovl.spec import Batch, Model, run_batch
 
 Objective = Callable[..., Any]
 """(head, hidden states [B, T, D], the batch they were made of) -> result; tokens are those of this rank. For a batch
-with `ahead_BTK` the states of each depth of multi-token prediction follow."""
+with `ahead_BTU` the states of each depth of multi-token prediction follow."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.spec import FREE, IGNORE_INDEX, Batch, Inputs
 
-# B batch, T tokens, D model, K depths
+# B batch, T tokens, D model, U depths
 
 
 @dataclass(kw_only=True)
@@ -72,8 +72,8 @@ class MtpModule(nn.Module):
 
 
 def with_ahead(batch: Batch, depths: int) -> Batch:
-    """`batch`, whole rows, with what depths 1, 2, ... read and predict: tokens `ahead_BTK`, `ahead_targets_BTK` and
-    `ahead_weights_BTK`.
+    """`batch`, whole rows, with what depths 1, 2, ... read and predict: tokens `ahead_BTU`, `ahead_targets_BTU` and
+    `ahead_weights_BTU`.
 
     Depth k at place t has token, target and weight of place t + k. Where that is in another row or document there is no
     target; what is read there instead does not matter, since no place with a target sees it.
@@ -88,7 +88,7 @@ def with_ahead(batch: Batch, depths: int) -> Batch:
         outside_BT = doc_BT != doc_ids_BT
         outside_BT[:, -k:] = True
         ahead.append((token_BT, target_BT.masked_fill(outside_BT, IGNORE_INDEX), weight_BT))
-    names = ("ahead_BTK", "ahead_targets_BTK", "ahead_weights_BTK")
+    names = ("ahead_BTU", "ahead_targets_BTU", "ahead_weights_BTU")
     return {
         **batch,
         **{name: torch.stack(each, -1) for name, each in zip(names, zip(*ahead, strict=True), strict=True)},

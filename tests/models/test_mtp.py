@@ -57,7 +57,7 @@ def row() -> Batch:
 
 def test_each_depth_reads_and_predicts_further_on_in_its_document() -> None:
     found = with_ahead(row(), 3)
-    targets, tokens, weights = (found[f"ahead_{name}BTK"][0].T for name in ("targets_", "", "weights_"))
+    targets, tokens, weights = (found[f"ahead_{name}BTU"][0].T for name in ("targets_", "", "weights_"))
     assert targets.tolist() == [
         [12, 20, NONE, NONE, 23, 30, NONE, NONE, NONE],
         [20, NONE, NONE, 23, 30, NONE, NONE, NONE, NONE],
@@ -70,13 +70,13 @@ def test_each_depth_reads_and_predicts_further_on_in_its_document() -> None:
 
 
 def test_depths_beyond_the_row_have_no_target() -> None:
-    assert (with_ahead(row(), 12)["ahead_targets_BTK"][..., 3:] == NONE).all()
-    assert "ahead_BTK" not in with_ahead(row(), 0)
+    assert (with_ahead(row(), 12)["ahead_targets_BTU"][..., 3:] == NONE).all()
+    assert "ahead_BTU" not in with_ahead(row(), 0)
 
 
 def test_a_row_of_one_document_is_cut_at_its_end_alone() -> None:
     one = {**row(), "doc_ids_BT": torch.zeros(1, 9, dtype=torch.int64)}
-    found = with_ahead(one, 1)["ahead_targets_BTK"][0, :, 0]
+    found = with_ahead(one, 1)["ahead_targets_BTU"][0, :, 0]
     assert found.tolist() == [12, 20, 21, NONE, 23, 30, 31, NONE, NONE]
 
 
@@ -140,10 +140,10 @@ def test_loss_and_gradients_are_those_written_out(hidden: str) -> None:
 
 def test_what_is_read_beyond_a_document_reaches_no_loss() -> None:
     model, batch = decoder(mtp={"num_layers": 2}), with_ahead(row(), 2)
-    none_there = batch["ahead_targets_BTK"] < 0
+    none_there = batch["ahead_targets_BTU"] < 0
     # a masked target inside a document is still read by those behind it
     none_there[0, 3, 0] = none_there[0, 2, 1] = False
-    changed = {**batch, "ahead_BTK": batch["ahead_BTK"].masked_fill(none_there, 77)}
+    changed = {**batch, "ahead_BTU": batch["ahead_BTU"].masked_fill(none_there, 77)}
     objective = partial(cross_entropies, denominators=torch.ones(3), mtp_factor=1.0, chunk_tokens=4)
     assert torch.equal(run_batch(model, batch, objective), run_batch(model, changed, objective))
 
