@@ -128,7 +128,7 @@ def varlen(
     if q_BTHD.shape[2] != k_BTKD.shape[2]:
         if "enable_gqa" in inspect.signature(attention).parameters:
             more["enable_gqa"] = True
-        else:  # torch 2.11
+        else:  # a torch that does not take it
             group = q_BTHD.shape[2] // k_BTKD.shape[2]
             k_BTKD, v_BTKD = (x.repeat_interleave(group, dim=2) for x in (k_BTKD, v_BTKD))
     longest = q_BTHD.shape[1]  # a bound: asking for the true one would wait for the GPU

@@ -77,11 +77,10 @@ def test_runs_and_decodes_as_it_prefills(seed: int) -> None:
     far = (found[:, -1] - torch.tensor([c.logprobs[0] for c in again])).abs().max()
     assert far <= FAR, f"prefilled at once: {far:.2g}: {config}"
 
-    if indexers := index_losses(
-        model
-    ):  # learn in a training step alone, in which attention may see more keys
-        for indexer in indexers:
-            indexer.step_tokens = sum(map(len, rows))
+    indexers = index_losses(model)
+    for indexer in indexers:  # they learn in a step alone, in which attention may see more keys
+        indexer.step_tokens = sum(map(len, rows))
+    if indexers:
         logits = model(torch.cat(rows)[None], positions, (positions == 0).cumsum(1))
     loss = nn.functional.cross_entropy(logits[0, :-1], torch.cat(rows)[1:])
     (loss + loss_ahead(model, torch.cat(rows)[None], positions)).backward()
