@@ -1,7 +1,7 @@
 """safetensors: looked through without reading tensors, read one tensor at a time, written in one pass.
 
-The library checks each file as a whole. It reads through a mapping of the file and writes tensors that are all in
-memory; here memory holds the tensor that is being read or written. The format is eight bytes of length, a JSON header
+The library maps whole files to read them, and writes tensors that are all in memory; here memory holds the tensor that
+is being read or written. The format is eight bytes of length, a JSON header
 of that length with dtype, shape and place of each tensor, and the tensors end to end.
 """
 
@@ -130,26 +130,34 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _look_through(file: Path) -> list[tuple[str, Tensor, _Place]]:
     """Every tensor of `file`: name, shape and dtype, place. Raises CheckpointError where it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
+    size = file.stat().st_size
     try:
-        with safe_open(file, framework="pt"):  # checks that the header is sound and the tensors fill the file
-            pass
         with file.open("rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header: dict[str, Any] = json.loads(handle.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file.name} is damaged: {error}") from None
-    header.pop("__metadata__", None)
-    if strange := {said["dtype"] for said in header.values()} - DTYPES.keys():
-        raise CheckpointError(
-            f"{file.name} has tensors of dtype {', '.join(sorted(strange))}, which torch lacks"
+            begin = 8 + int.from_bytes(handle.read(8), "little")
+            if begin > size:
+                raise CheckpointError(
+                    f"{file.name} is damaged: it has {size} bytes, its header alone {begin}"
+                )
+            header: dict[str, Any] = json.loads(handle.read(begin - 8))
+        header.pop("__metadata__", None)
+        entries = sorted(
+            (*said["data_offsets"], name, said["shape"], said["dtype"]) for name, said in header.items()
         )
-    found = []
-    for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-        begin, end = said["data_offsets"]
-        value = torch.empty(said["shape"], dtype=DTYPES[said["dtype"]], device="meta")
-        found.append((name, value, _Place(file, 8 + size + begin, end - begin)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file.name} is damaged: no header of safetensors: {error!r}") from None
+    if strange := {entry[-1] for entry in entries} - DTYPES.keys():
+        raise CheckpointError(
+            f"{file.name} has tensors of dtype {', '.join(sorted(strange))}, which no model here has"
+        )
+    found, reached = [], 0
+    for start, end, name, shape, dtype in entries:
+        value = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+        if start != reached or end - start != value.nbytes:
+            raise CheckpointError(f"{file.name} is damaged: {name} has not the place that its shape needs")
+        found.append((name, value, _Place(file, begin + start, end - start)))
+        reached = end
+    if begin + reached != size:
+        raise CheckpointError(f"{file.name} is damaged: it has {size} bytes of {begin + reached}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -86,11 +87,17 @@ def write_state(folder: Path, tensors: Tensors) -> None:
 
     Files are flushed to disk.
     """
-    writer = FileSystemWriter(folder, single_file_per_rank=False)
+    writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
     state = {MODEL.rstrip("."): dict(tensors.described)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        save_state(state, storage_writer=writer, planner=_Streaming(tensors), no_dist=True)
+        try:
+            save_state(state, storage_writer=writer, planner=_Streaming(tensors), no_dist=True)
+        except CheckpointException as error:  # wraps what reading or writing raised
+            raise error.failures[0][0] from None
+    for file in folder.iterdir():  # one after the other while writing takes several times as long
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
 
 
 class _Streaming(DefaultSavePlanner):

@@ -36,6 +36,14 @@ def test_train_load_generate(tmp_path: Path, tiny_flags: list[str]) -> None:
     assert loaded.job.training.steps == 2
     completion = nanovl.Engine(loaded).generate(["import"], max_tokens=3)[0]
     assert 1 <= len(completion.ids) <= 3
+    import nanovl.conversion.convert  # nor this one
+    import nanovl.convert_tools
+
+    theirs = nanovl.convert(tmp_path / "run", tmp_path / "hf", to="hf", dtype="bfloat16")
+    again = nanovl.load(theirs, device="cpu")
+    assert again.job is None
+    rounded = loaded.model.lm_head.weight.bfloat16().float()
+    assert torch.equal(again.model.lm_head.weight, rounded)
     half = nanovl.load(tmp_path / "run" / "checkpoints" / "step_000002", device="cpu", dtype=torch.bfloat16)
     assert half.model(tokens_BT).dtype == torch.float32
 
