@@ -8,7 +8,6 @@ of that length with dtype, shape and place of each tensor, and the tensors end t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ class SafetensorsFolder(Tensors):
 def write_safetensors(folder: Path, tensors: Tensors, shard_bytes: int, metadata: Mapping[str, str]) -> None:
     """Write all of `tensors` into `folder`: as model.safetensors, or as shards of at most `shard_bytes` and an index.
 
-    A tensor larger than that has a shard of its own. Files are flushed to disk.
+    A tensor larger than that has a shard of its own.
     """
     shards = _shards(tensors.described, shard_bytes)
     places: dict[str, _Place] = {}
@@ -98,11 +97,13 @@ def write_safetensors(folder: Path, tensors: Tensors, shard_bytes: int, metadata
         place, value = places[name], tensors.read(name)
         assert (value.shape, value.dtype) == (described.shape, described.dtype), name
         if handle is None or handle.name != str(place.file):
-            _finish(handle)
+            if handle is not None:
+                handle.close()
             handle = place.file.open("r+b", buffering=0)
         handle.seek(place.offset)
         _write_all(handle, value)
-    _finish(handle)
+    if handle is not None:
+        handle.close()
     if len(shards) > 1:
         said = {
             "metadata": {"total_size": sum(place.nbytes for place in places.values())},
@@ -208,9 +209,3 @@ def _begin(file: Path, shard: Mapping[str, Tensor], metadata: Mapping[str, str])
         name: _Place(file, 8 + len(text) + header[name]["data_offsets"][0], value.nbytes)
         for name, value in shard.items()
     }
-
-
-def _finish(handle: BinaryIO | None) -> None:
-    if handle is not None:
-        os.fsync(handle.fileno())
-        handle.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -83,10 +82,7 @@ def read_state(folder: Path, state: dict[str, Any], reader: FileSystemReader, *,
 
 
 def write_state(folder: Path, tensors: Tensors) -> None:
-    """Write weights as DCP that any mesh loads, a file for each: DCP holds the tensors of one file until it ends.
-
-    Files are flushed to disk.
-    """
+    """Write weights as DCP that any mesh loads, a file for each: DCP holds the tensors of one file until it ends."""
     writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
     state = {MODEL.rstrip("."): dict(tensors.described)}
     with warnings.catch_warnings():
@@ -95,9 +91,6 @@ def write_state(folder: Path, tensors: Tensors) -> None:
             save_state(state, storage_writer=writer, planner=_Streaming(tensors), no_dist=True)
         except CheckpointException as error:  # wraps what reading or writing raised
             raise error.failures[0][0] from None
-    for file in folder.iterdir():  # one after the other while writing takes several times as long
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 class _Streaming(DefaultSavePlanner):

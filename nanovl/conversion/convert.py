@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def require_new(dst: Path) -> None:
 
 @contextmanager
 def new_folder(dst: Path) -> Iterator[Path]:
-    """A draft to write into, which becomes `dst` in one rename once all is written, or vanishes.
+    """A draft to write into, which becomes `dst` in one rename once all is on disk, or vanishes.
 
     What a killed conversion left under the draft's name is removed by the next one.
     """
@@ -132,10 +133,22 @@ def new_folder(dst: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
+        for path in (*draft.rglob("*"), draft):
+            _flush(path)
         draft.rename(dst)
+        _flush(draft.parent)
     except BaseException:
         shutil.rmtree(draft)
         raise
+
+
+def _flush(path: Path) -> None:
+    """To disk, a file or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _mappings(tensors: Tensors) -> Iterator[str]:
