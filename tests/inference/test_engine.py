@@ -61,9 +61,11 @@ def test_greedy_equals_the_full_forward(build_model: BuildModel, family: str, pr
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_equal_the_full_forward(build_model: BuildModel, family: str) -> None:
     model, texts = build_model(family), prompts(5, 30, 2)
+    # a memory updated token by token rounds otherwise than one updated by chunks: 1.1e-5 on some processors
+    limit = 5e-5 if family == "qwen3_5" else 1e-5
     for prompt, done in zip(texts, Engine(model).generate(texts, max_tokens=20, **SAMPLING), strict=True):
         logits, at = logits_after(model, prompt, done.ids), (torch.arange(20), torch.tensor(done.ids))
-        assert (logits.log_softmax(-1)[at] - torch.tensor(done.logprobs)).abs().max() < 1e-5
+        assert (logits.log_softmax(-1)[at] - torch.tensor(done.logprobs)).abs().max() < limit
         drawn_from = candidates(logits, 1.3, 40, 0.95).log_softmax(-1)[at]
         assert (drawn_from - torch.tensor(done.sampling_logprobs)).abs().max() < 1e-4
         assert min(done.sampling_logprobs) < -0.1
