@@ -70,12 +70,11 @@ def decoder_rules(config: DecoderConfig, layer: Mapping[str, str] = {**ATTENTION
     """The key map of a decoder whose layers hold the tensors of `layer`, theirs to ours, and norms as `config` says."""
     placements = {block.norm_placement for block in config.layers()}
     norms = {f"{a}.weight": f"{b}.weight" for kind in placements for a, b in NORMS[kind].items()}
-    head = [] if config.tie_word_embeddings else [KeyRule("lm_head.weight", "lm_head.weight")]
     return [
         KeyRule("model.embed_tokens.weight", "embed_tokens.weight"),
         *(KeyRule(f"model.layers.{{i}}.{a}", f"layers.{{i}}.{b}") for a, b in {**norms, **layer}.items()),
         KeyRule("model.norm.weight", "norm.weight"),
-        *head,
+        KeyRule("lm_head.weight", "lm_head.weight"),
     ]
 
 

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from nanovl.checkpoint.float8 import dequantized
 from nanovl.checkpoint.key_map import KeyMap
 from nanovl.checkpoint.safetensors_files import SafetensorsFolder, write_safetensors
-from nanovl.checkpoint.tensors import Held, InDtype, Renamed, Tensors, fill, under_our_names, weights_of
+from nanovl.checkpoint.tensors import (
+    Held,
+    InDtype,
+    Renamed,
+    Tensors,
+    Without,
+    fill,
+    tied_names,
+    under_our_names,
+    weights_of,
+)
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.models.hf_config import MTP_LAYERS
 from nanovl.registry import family_of
@@ -75,9 +85,28 @@ def open_hf(folder: Path, spec: ModelSpec) -> Renamed:
     rules = _hf(spec.family).key_rules(spec.config)
     try:
         stored = dequantized(SafetensorsFolder(folder), read_config(folder))
+        stored = _less_tied_copies(stored, KeyMap(rules), spec)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     return under_our_names(stored, rules, exchanged(spec), f"{folder} does not fit {spec.family.name}")
+
+
+def _less_tied_copies(stored: Tensors, names: KeyMap, spec: ModelSpec) -> Tensors:
+    """`stored` without what a tied weight is called a second time: some files hold it under both names.
+
+    Raises CheckpointError where the two differ.
+    """
+    copies = set()
+    for second, first in tied_names(spec).items():
+        copy, original = names.group_of(second).theirs[0], names.group_of(first).theirs[0]
+        if stored.described.keys() >= {copy, original}:
+            if not torch.equal(stored.read(copy), stored.read(original)):
+                raise CheckpointError(
+                    f"{copy} is not equal to {original}, though config.json ties them; "
+                    "set tie_word_embeddings to false there"
+                )
+            copies.add(copy)
+    return Without(stored, copies) if copies else stored
 
 
 def exchanged(spec: ModelSpec) -> dict[str, Tensor]:

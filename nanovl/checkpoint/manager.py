@@ -159,6 +159,11 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> Restored:
         """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
         meta = read_meta(checkpoint)
+        if meta.get("stage") == "converted":
+            raise CheckpointError(
+                f"{checkpoint}: was converted, so it holds no optimizer and no place in the data to resume from; "
+                "start a new run with checkpoint.initial_load_path"
+            )
         state = {"model": _model_state(self.model), "optimizer": self._optimizer_state()}
         _read_state(checkpoint, state, whole=True)
         set_model_state_dict(self.model, state["model"], options=_CHECKED)

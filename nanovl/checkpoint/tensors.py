@@ -7,7 +7,7 @@ names. A chain of them from source to file is a conversion, and holds about two 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,20 @@ class Joined(Tensors):
 
     def parts(self) -> Sequence[Tensors]:
         return self._parts
+
+
+class Without(Tensors):
+    """Those of `source` but for `names`."""
+
+    def __init__(self, source: Tensors, names: Collection[str]) -> None:
+        self.source = source
+        self.described = {name: value for name, value in source.described.items() if name not in names}
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
+
+    def parts(self) -> Sequence[Tensors]:
+        return (self.source,)
 
 
 class InDtype(Tensors):
@@ -189,6 +203,14 @@ def weights_of(spec: ModelSpec) -> dict[str, Tensor]:
     """The same of a model of `spec`, on the meta device."""
     with torch.device("meta"):
         return named_weights(spec.family.model(spec.config))
+
+
+def tied_names(spec: ModelSpec) -> dict[str, str]:
+    """Every further name of a parameter of `spec` -> the first, under which checkpoints hold it."""
+    with torch.device("meta"):
+        parameters = [*spec.family.model(spec.config).named_parameters(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return {name: known for name, p in parameters if (known := first.setdefault(id(p), name)) != name}
 
 
 def fresh_buffers(spec: ModelSpec) -> dict[str, Tensor]:

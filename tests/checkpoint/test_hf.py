@@ -1,4 +1,4 @@
-"""Buffers in Hugging Face checkpoints: those with a rule travel, in float32; others begin anew."""
+"""Hugging Face checkpoints: buffers with a rule travel, in float32, others begin anew; a tied weight may stand twice."""
 
 from __future__ import annotations
 
@@ -71,3 +71,24 @@ def test_a_missing_buffer_is_an_error(spec: ModelSpec, tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"does not fit qwen3_moe:\n  missing {BIAS}$"):
         load_hf_weights(tmp_path, spec.family.model(spec.config), spec)
+
+
+def test_a_tied_head_may_be_stored_once_more(tmp_path: Path) -> None:
+    """As Qwen3-0.6B's file has it."""
+    config = family("qwen3").flavors["debug"]()
+    config.tie_word_embeddings = True
+    tied = ModelSpec(family("qwen3"), config)
+    model, again = drawn(tied), tied.family.model(config)
+    save_hf(tmp_path, named_weights(model), tied, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    load_hf_weights(tmp_path, again, tied)
+    for name, weight in named_weights(again).items():
+        assert torch.equal(weight, named_weights(model)[name]), name
+
+    stored["lm_head.weight"][3, 5] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight, though"):
+        load_hf_weights(tmp_path, again, tied)

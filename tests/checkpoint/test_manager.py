@@ -112,6 +112,21 @@ def copies_files(rank: int, folder: Path, files: list[Path]) -> None:
     Checkpointer(folder, model, [optimizer], 0, False, Log(1)).save(7, {"stage": "pretrain"}, {}, files)
 
 
+def resumes_from_converted(rank: int, folder: Path) -> str:
+    model, optimizer = build()
+    checkpointer = Checkpointer(folder, model, [optimizer], 0, False, Log(1))
+    checkpointer.save(1, {"stage": "converted"}, {}, [])
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.load(folder / "step_000001")
+    return str(caught.value)
+
+
+def test_a_converted_checkpoint_has_nothing_to_resume_from(tmp_path: Path) -> None:
+    said = fork_ranks(resumes_from_converted, 1, tmp_path)[0]
+    assert "was converted, so it holds no optimizer" in said
+    assert said.endswith("start a new run with checkpoint.initial_load_path")
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "tokenizer").mkdir()
