@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: buffers with a rule travel, in float32, others begin anew; a tied weight may stand twice."""
+"""Hugging Face checkpoints: buffers with a rule travel, in float32, others begin anew; tied weights may stand twice."""
 
 from __future__ import annotations
 
