@@ -204,8 +204,10 @@ class Decoder(Model):
         return x_BTD
 
     def end(self, stream: Stream) -> Tensor:
+        return self._for_head(self.norm(stream[0]))
+
+    def _for_head(self, x_BTD: Tensor) -> Tensor:
         # the head is linear, so its logits are scaled with what it reads
-        x_BTD = self.norm(stream[0])
         return x_BTD if self.config.logit_scale == 1.0 else self.config.logit_scale * x_BTD
 
     def look_ahead(
@@ -215,7 +217,7 @@ class Decoder(Model):
         states = []
         for module, ahead_BT in zip(self.mtp.values(), ahead_BTU.unbind(-1), strict=True):
             x_BTD, hidden_BTD = module(hidden_BTD, self._embed(ahead_BT), inputs)
-            states.append(x_BTD)
+            states.append(self._for_head(x_BTD))
         return states
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:

@@ -11,7 +11,8 @@ The last is for results of which every rank computes the same loss, which then c
 a tensor that every rank has needs none of these: it is `narrow`, and its transpose pads with zeros.
 
 All wait inside: a pending tensor that enters a compiled block would lose its gradient (torch 2.13). They call the
-operators themselves, which the compiler can see through and overlap.
+operators themselves, which the compiler can see through and overlap. What they hand over and give back is detached: a
+backend's thread may be the last to hold it, and must not take a graph down with it.
 """
 
 from __future__ import annotations
@@ -98,15 +99,21 @@ class _GatherForAllAlike(torch.autograd.Function):
 
 
 def _gather(x: Tensor, dim: int, ranks: int, group_name: str) -> Tensor:
-    parts = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), ranks, group_name))
+    parts = _waited(_c10d.all_gather_into_tensor(x.detach().contiguous(), ranks, group_name))
     return parts if dim == 0 else torch.cat(parts.chunk(ranks), dim)
 
 
 def _reduce_scatter(x: Tensor, dim: int, ranks: int, group_name: str) -> Tensor:
     assert x.shape[dim] % ranks == 0, f"dimension {dim} of {tuple(x.shape)} over {ranks} ranks"
+    x = x.detach()
     parts = x if dim == 0 else torch.cat(x.chunk(ranks, dim))
-    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts.contiguous(), "sum", ranks, group_name))
+    return _waited(_c10d.reduce_scatter_tensor(parts.contiguous(), "sum", ranks, group_name))
 
 
 def _all_reduce(x: Tensor, group_name: str) -> Tensor:
-    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group_name))
+    return _waited(_c10d.all_reduce(x.detach().contiguous(), "sum", group_name))
+
+
+def _waited(result: Tensor) -> Tensor:
+    there: Tensor = _c10d.wait_tensor(result)
+    return there.detach()

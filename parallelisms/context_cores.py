@@ -138,9 +138,11 @@ class _Exchange(torch.autograd.Function):
         ctx.group_name = group_name
         one_each = [1] * len(x_n)
         operators = torch.ops._c10d_functional
-        return operators.wait_tensor(
-            operators.all_to_all_single(x_n.contiguous(), one_each, one_each, group_name)
+        given = x_n.detach().contiguous()  # detached on both sides, as in collectives.py
+        there: Tensor = operators.wait_tensor(
+            operators.all_to_all_single(given, one_each, one_each, group_name)
         )
+        return there.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -139,8 +139,9 @@ def plan_trip(
 
 
 def _start(x: Tensor, sizes_out: list[int], sizes_in: list[int], ranks: dist.ProcessGroup) -> Tensor:
-    started: Tensor = _c10d.all_to_all_single(x.contiguous(), sizes_in, sizes_out, ranks.group_name)
-    return started
+    # detached on both sides: a backend's thread may be the last to hold either, and must not take a graph down with it
+    started: Tensor = _c10d.all_to_all_single(x.detach().contiguous(), sizes_in, sizes_out, ranks.group_name)
+    return started.detach()
 
 
 def arrived(x: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ParallelModel:
         trained by their sum.
 
         Returns them added up over this rank's micro-batches: one 0 where another stage computes them. Gradients add up
-        in the parameters. `documents` = attention stays inside a document.
+        in the parameters, which have none before: one call is one step. `documents` = attention stays inside a
+        document.
         """
         batches = [self.sequence.cut(batch) for batch in batches]
         if self.pipeline is not None:

@@ -183,17 +183,17 @@ class LatentAttention(nn.Module):
         keys = torch.cat((still_HD, torch.ones_like(gamma_H1).expand(-1, config.v_head_dim)), dim=1)
         return {"q_proj" if config.q_lora_rank is None else "q_b_proj": queries, "kv_b_proj": keys}
 
-    def qkv(self, x_BTD: Tensor, latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_BTD: Tensor, q_latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, their last channels rotated, and values, [B, T, H, D]; queries from their latent, which is
         x itself where they have none."""
         config = self.config
         still, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         cos, sin = meta.rope[self.rope_key]
-        q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(latent_BTL)
+        q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(q_latent_BTL)
         q_still, q_turned = q_BTD.unflatten(2, (-1, still + turned)).split([still, turned], dim=-1)
-        latent_BTL, k_turned_BTD = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, turned], dim=-1)
+        kv_latent_BTL, k_turned_BTD = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, turned], dim=-1)
         k_turned_BT1D = apply_rope(k_turned_BTD[:, :, None], cos, sin)
-        kv_BTHD = self.kv_b_proj(self.kv_a_norm(latent_BTL)).unflatten(2, (-1, still + value))
+        kv_BTHD = self.kv_b_proj(self.kv_a_norm(kv_latent_BTL)).unflatten(2, (-1, still + value))
         k_still, v_BTHD = kv_BTHD.split([still, value], dim=-1)
         q_BTHD = torch.cat((q_still, apply_rope(q_turned, cos, sin)), dim=-1)
         k_BTHD = torch.cat((k_still, k_turned_BT1D.expand(-1, -1, k_still.shape[2], -1)), dim=-1)

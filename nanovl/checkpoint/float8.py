@@ -24,7 +24,9 @@ def dequantized(stored: Tensors, config: Mapping[str, Any]) -> Tensors:
     Raises CheckpointError for other kinds than fp8 in blocks, and for weights and factors that do not fit together.
     MXFP4 is part of its family's key map.
     """
-    said = config.get("quantization_config") or {"quant_method": "mxfp4"}
+    said = config.get("quantization_config")
+    if not said:
+        return stored
     method, block = said.get("quant_method"), said.get("weight_block_size")
     if method == "mxfp4":
         return stored

@@ -159,7 +159,7 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> Restored:
         """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
         meta = read_meta(checkpoint)
-        if meta.get("stage") == "converted":
+        if meta.get("weights_only"):
             raise CheckpointError(
                 f"{checkpoint}: was converted, so it holds no optimizer and no place in the data to resume from; "
                 "start a new run with checkpoint.initial_load_path"

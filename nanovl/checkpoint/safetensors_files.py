@@ -1,8 +1,8 @@
 """safetensors: looked through without reading tensors, read one tensor at a time, written in one pass.
 
 The library maps whole files to read them, and writes tensors that are all in memory; here memory holds the tensor that
-is being read or written. The format is eight bytes of length, a JSON header
-of that length with dtype, shape and place of each tensor, and the tensors end to end.
+is being read or written. The format is eight bytes of length, a JSON header of that length with dtype, shape and place
+of each tensor, and the tensors end to end.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("training FLOPs", f"{known['flops']:.3g}" if known.get("flops") else ""),
         ("bits per byte, held out", _bpb(model.source.path, known)),
         ("context in training", f"{job.training.seq_len:,}" if job and known.get("tokens") else ""),
-        ("data", "; ".join(f"{s.kind} {s.path}".strip() for s in job.data.sources) if job else ""),
-        ("made from", "; ".join(map(str, [*known.get("parents", []), model.source.path]))),
+        ("data", "; ".join(f"{s.kind} {Path(s.path).name}".strip() for s in job.data.sources) if job else ""),
+        ("made from", "; ".join(Path(p).name for p in [*known.get("parents", []), model.source.path])),
     ]
     return [(name, value) for name, value in rows if value]
 

@@ -63,8 +63,9 @@ def _meta(model: Model, described: dict[str, Any]) -> dict[str, Any]:
     facts = {key: value for key, value in model.source.facts.items() if key not in OF_A_SAVE}
     return {
         "step": 0,
-        "stage": "converted",
+        "stage": "",
         **facts,
+        "weights_only": True,
         "model": described,
         "tokenizer_hash": model.tokenizer.hash(),
         "parents": [*facts.get("parents", []), str(model.source.path)],

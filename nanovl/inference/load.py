@@ -11,6 +11,7 @@ from nanovl.checkpoint.locate import find_source
 from nanovl.config.schema import Job
 from nanovl.device import pick_device
 from nanovl.errors import ConfigError
+from nanovl.models.blocks.attention import AttentionCore
 from nanovl.spec import Model, ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 
@@ -47,6 +48,9 @@ def load(
     source.fill(model, spec)
     for parameter in model.parameters():  # buffers keep their precision: routers balance loads by thousandths
         parameter.data = parameter.data.to(_dtype(dtype))
+    for module in model.modules():
+        if isinstance(module, AttentionCore):  # calls are of any length, dtype and device
+            module.scores = module.scores.uncompiled
     model.eval().requires_grad_(False)
     return Loaded(model, load_tokenizer(source.tokenizer), source.job, spec, source.path)
 

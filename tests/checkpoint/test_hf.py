@@ -90,5 +90,7 @@ def test_a_tied_head_may_be_stored_once_more(tmp_path: Path) -> None:
 
     stored["lm_head.weight"][3, 5] += 1
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight, though"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight, though"
+    ):
         load_hf_weights(tmp_path, again, tied)

@@ -75,6 +75,19 @@ def test_a_checkpoint_that_was_converted_holds_plain_dcp(experts_directory: Path
     assert same(found, stored(tmp_path / "plain"))
 
 
+def test_what_was_converted_says_that_it_is_weights_alone(experts_directory: Path, tmp_path: Path) -> None:
+    """Also where it was a run's, whose stage stays known."""
+    nanovl.convert(experts_directory, tmp_path / "dcp", to="dcp")
+    meta = json.loads((tmp_path / "dcp" / "meta.json").read_text())
+    assert meta["weights_only"]
+    (tmp_path / "dcp" / "meta.json").write_text(
+        json.dumps({**meta, "stage": "pretrain", "weights_only": False})
+    )
+    nanovl.convert(tmp_path / "dcp", tmp_path / "again", to="dcp")
+    again = json.loads((tmp_path / "again" / "meta.json").read_text())
+    assert (again["stage"], again["weights_only"]) == ("pretrain", True)
+
+
 def test_dtype(experts_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "half")
     assert main([str(experts_directory), "--to", "hf", "--out", out, "--dtype", "float16"]) == 0
@@ -156,7 +169,8 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(
         f"{experts.format(0)} ... {experts.format(3)} (4) -> layers.1.ffn.experts.up_proj  (4, 16, 32) bfloat16"
         in lines
     )
-    assert lines[-1].endswith("bfloat16, as stored; nothing written")
+    # routers' loads are float32
+    assert lines[-1].endswith("bfloat16, as stored; 2 tensors in other dtypes; nothing written")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -69,6 +69,16 @@ def test_each_depth_reads_and_predicts_further_on_in_its_document() -> None:
     assert loss_weights(row()).tolist() == [31]
 
 
+def test_logits_of_depths_are_scaled_like_those_of_the_next_token() -> None:
+    plain, scaled = (decoder(mtp={"num_layers": 2}, logit_scale=scale) for scale in (1.0, 0.5))
+    batch = with_ahead(row(), 2)
+    for ones, halves in zip(
+        *(run_batch(model, batch, lambda head, x, _, *ahead: [x, *ahead]) for model in (plain, scaled)),
+        strict=True,
+    ):
+        torch.testing.assert_close(0.5 * ones, halves, rtol=1e-4, atol=1e-5)
+
+
 def test_depths_beyond_the_row_have_no_target() -> None:
     assert (with_ahead(row(), 12)["ahead_targets_BTU"][..., 3:] == NONE).all()
     assert "ahead_BTU" not in with_ahead(row(), 0)

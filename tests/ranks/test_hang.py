@@ -64,10 +64,14 @@ def test_the_group_of_all_ranks_gets_it_too() -> None:
         fork_ranks(wait_in_the_world, 2)
 
 
-def deep_in_a_loader(file: Path) -> None:
-    """Never reach the collective; here until the file of this rank is written."""
-    deadline = time.monotonic() + 20
-    while not (file.exists() and "deep_in_a_loader" in file.read_text()):
+def deep_in_a_loader(folder: Path, rank: int) -> None:
+    """Never reach the collective; here until both files of this rank are written."""
+    stacks, deadline = folder / f"hang_rank_{rank}.txt", time.monotonic() + 20
+    while not (
+        stacks.exists()
+        and "deep_in_a_loader" in stacks.read_text()
+        and (folder / f"comm_rank_{rank}").exists()
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -81,7 +85,7 @@ def stick(rank: int, folder: Path) -> None:
     dist.set_timeout(1.0)
     try:
         if rank == 2:
-            deep_in_a_loader(folder / "hang_rank_2.txt")
+            deep_in_a_loader(folder, 2)
         torch_dist.all_reduce(torch.ones(5))
     except RuntimeError as error:
         explained = watch.explain(error)
@@ -119,7 +123,7 @@ def stick_in_training(rank: int, job: Job) -> None:
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         if rank == 1 and len(taken) == 2:
-            deep_in_a_loader(Path(job.job.run_dir) / "traces" / "hang_rank_1.txt")
+            deep_in_a_loader(Path(job.job.run_dir) / "traces", 1)
             raise RuntimeError("left by peer")
         taken.append(rank)
         return sound(*args, **kwargs)

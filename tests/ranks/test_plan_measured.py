@@ -293,7 +293,8 @@ def test_plan_is_what_a_run_does(model: str, world: int, fields: dict[str, Any])
     recompute = fields.pop(RECOMPUTE, "none")
     job = job_of(model, seq_len=128, **fields)
     job.activation_checkpoint.mode = recompute
-    groups = job.optimizer.groups or resolve_model(job.model, VOCAB).family.optimizer_groups(None)
+    spec = resolve_model(job.model, VOCAB)
+    groups = job.optimizer.groups or spec.family.optimizer_groups(spec.config)
     job = replace(
         job, optimizer=replace(job.optimizer, groups=groups), training=replace(job.training, steps=1)
     )
