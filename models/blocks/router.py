@@ -49,7 +49,7 @@ class Router(nn.Module):
     """Token -> its experts and their weights."""
 
     expert_bias: Tensor | None
-    load: Tensor
+    load: Tensor | None
     tally: Tensor
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
@@ -62,9 +62,7 @@ class Router(nn.Module):
         self.whole_rows = nn.Identity()
         self.step_tokens = 0  # of all ranks: what the auxiliary losses are means over
         self.register_buffer("expert_bias", torch.zeros(experts) if config.load_balancing == "bias" else None)
-        self.register_buffer(
-            "load", torch.zeros(experts)
-        )  # always: a checkpoint fits whatever the losses are
+        self.register_buffer("load", torch.zeros(experts) if config.aux_loss_coef else None)
         self.register_buffer("tally", torch.zeros(experts + 1, dtype=torch.float64), persistent=False)
 
     def init_buffers(self, device: torch.device) -> None:
@@ -114,13 +112,14 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             direction_E = torch.sign(counts_E.mean() - counts_E).to(self.expert_bias.dtype)
             self.expert_bias.add_(direction_E, alpha=self.config.bias_update_speed)
-        self.load.copy_(counts_E / counts_E.sum())
+        if self.load is not None:
+            self.load.copy_(counts_E / counts_E.sum())
 
     def _balance_loss(self, logits_BTE: Tensor, shares_BTE: Tensor, counts_BE: Tensor) -> Tensor | None:
         """This micro-batch's part of the step's auxiliary losses; None without any."""
         config = self.config
         terms = []
-        if config.aux_loss_coef:
+        if self.load is not None:
             terms.append(config.aux_loss_coef * config.num_experts * (shares_BTE @ self.load).sum())
         if config.sequence_aux_loss_coef:
             counts_BE = self.whole_rows(counts_BE)
