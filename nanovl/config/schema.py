@@ -20,7 +20,7 @@ class JobInfo:
 @dataclass(kw_only=True)
 class Model:
     name: str = "nanochat"
-    """Architecture in the registry (`nanochat`, `nanochat_v1`, `qwen3`)."""
+    """Architecture in the registry, such as `qwen3`; `nanovl models list` prints all."""
     flavor: str = ""
     """Named size of the architecture, such as `0.6b`; empty = the family's default size."""
     overrides: dict[str, Any] = field(default_factory=dict)
