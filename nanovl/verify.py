@@ -53,7 +53,8 @@ class Outcome:
 class Difference:
     """How far one outcome is from another; gradients and weights relative to each tensor's norm, the worst one.
 
-    A weight's norm, or the way it went if that is longer: some scalars happen to end near zero.
+    A weight's norm, or the way it went if that is longer: some scalars happen to end near zero. The gradient of a
+    single number, whose terms may cancel, counts as at least a thousandth of all gradients' norm.
     """
 
     loss: float
@@ -93,7 +94,9 @@ def on_one_rank(job: Job) -> Job:
 def compare(found: Outcome, expected: Outcome) -> Difference:
     """`found` against `expected`. Raises AssertionError where they do not hold the same parameters."""
     assert found.weights.keys() == expected.weights.keys(), found.weights.keys() ^ expected.weights.keys()
-    gradient, worst_gradient = _furthest(found.gradients, expected.gradients)
+    total = sum(float(gradient.norm()) ** 2 for gradient in expected.gradients.values()) ** 0.5
+    lone = {name: 1e-3 * total for name, gradient in expected.gradients.items() if gradient.numel() == 1}
+    gradient, worst_gradient = _furthest(found.gradients, expected.gradients, lone)
     weight, worst_weight = _furthest(found.weights, expected.weights, expected.moved)
     return Difference(
         max(_relative(a, b) for a, b in zip(found.losses, expected.losses, strict=True)),
@@ -197,14 +200,17 @@ def _relative(a: float, b: float) -> float:
 
 
 def _furthest(
-    found: dict[str, Tensor], expected: dict[str, Tensor], moved: Mapping[str, float] | None = None
+    found: dict[str, Tensor], expected: dict[str, Tensor], norms: Mapping[str, float]
 ) -> tuple[float, str]:
-    """The largest |difference| / |expected|; a parameter without a gradient on one side only is infinitely far."""
+    """The largest |difference| / |expected|, which counts as no less than what `norms` says.
+
+    A parameter without a gradient on one side only is infinitely far.
+    """
     worst, name = 0.0, ""
     for key in {**found, **expected}:
         if key not in found or key not in expected:
             return float("inf"), key
-        least = max(1e-6 * expected[key].numel() ** 0.5, moved.get(key, 0.0) if moved else 0.0)
+        least = max(1e-6 * expected[key].numel() ** 0.5, norms.get(key, 0.0))
         scale = expected[key].norm().clamp(min=least)
         distance = float((found[key] - expected[key]).norm() / scale)
         if not distance <= worst:  # also NaN

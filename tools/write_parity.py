@@ -28,7 +28,8 @@ commit {commit}, torch {torch}, {hardware}.
 loss weights, 4 or 8 micro-batches, gradients clipped, no warm-up. Initial weights are equal bit for bit, or the row
 fails. Loss: largest relative difference of a step. Gradients (of the first step) and weights (after the last): largest
 norm of a parameter's difference over the norm of the parameter, or the relative difference of the global norm before
-clipping. Limits: {loss:g}, {gradient:g}, {weight:g}. nanochat
+clipping; the gradient of a single number, whose terms may cancel, counts as at least a thousandth of all gradients'
+norm. Limits: {loss:g}, {gradient:g}, {weight:g}. nanochat
 and "qwen3 muon" train their matrices with Muon (plain decay: the cautious one asks for the sign of each update, so
 where that is nearly zero its last bit switches a whole decay), the others everything with AdamW.
 

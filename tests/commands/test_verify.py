@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from nanovl.errors import ConfigError
+from nanovl.verify import Outcome, compare
 from nanovl.verify_tools import main as verify
 
 CONFIG = ["--config", str(Path(__file__).parents[2] / "configs" / "debug.toml")]
@@ -64,3 +66,17 @@ def test_numbers_that_are_none_are_refused() -> None:
 def test_what_training_refuses_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_degree = 3 does not divide the 8 ranks"):
         verify([*CONFIG, "--parallelism.tensor_parallel_degree=3"])
+
+
+def outcome(**gradients: list[float]) -> Outcome:
+    return Outcome([1.0], [1.0], gradients={name: torch.tensor(value) for name, value in gradients.items()})
+
+
+def test_a_lone_gradient_may_cancel_and_many_may_not() -> None:
+    expected = outcome(many=[0.6, 0.8], few=[1e-5, 0.0], lone=[1e-5])
+    few = compare(outcome(many=[0.6, 0.8], few=[1.1e-5, 0.0], lone=[1e-5]), expected)
+    lone = compare(outcome(many=[0.6, 0.8], few=[1e-5, 0.0], lone=[1.1e-5]), expected)
+    assert (few.worst_gradient, few.gradient) == ("few", pytest.approx(0.1, rel=1e-3))
+    assert (lone.worst_gradient, lone.gradient) == ("lone", pytest.approx(1e-3, rel=1e-3))
+    missing = compare(outcome(many=[0.6, 0.8], few=[1e-5, 0.0]), expected)
+    assert (missing.worst_gradient, missing.gradient) == ("lone", float("inf"))
