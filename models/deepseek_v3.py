@@ -23,7 +23,6 @@ from nanovl.models.blocks.init import InitConfig
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.moe import MoeConfig
-from nanovl.models.blocks.mtp import MtpConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
@@ -31,11 +30,20 @@ from nanovl.models.hf_config import (
     MTP_LAYERS,
     decoder_to_hf,
     expect,
+    mtp_of,
     rope_from_hf,
     rope_to_hf,
     same_or_refuse,
 )
-from nanovl.models.hf_keys import MLP, ROUTED, decoder_rules, expert_rules, latent_rules, with_mtp_rules
+from nanovl.models.hf_keys import (
+    MLP,
+    MTP_BEHIND,
+    ROUTED,
+    decoder_rules,
+    expert_rules,
+    latent_rules,
+    with_mtp_rules,
+)
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -235,14 +243,8 @@ def first_dense_from_hf(
         tie=hf.get("tie_word_embeddings", False),
         init=init,
     )
-    if depths := hf.get(MTP_LAYERS):
-        config.mtp = MtpConfig(num_layers=depths, block=_mtp_block(config))
+    config.mtp = mtp_of(config, hf.get(MTP_LAYERS) or 0, "moe")
     return config
-
-
-def _mtp_block(config: DecoderConfig) -> str | None:
-    """Modules of these families have experts: how their template is to be named."""
-    return None if config.layer_names()[-1] == "moe" else "moe"
 
 
 def first_dense_to_hf(
@@ -276,9 +278,8 @@ def first_dense_to_hf(
         context=config.max_position_embeddings,
         tie=config.tie_word_embeddings,
     )
-    if config.mtp is not None:
-        named = config.mtp.block if config.mtp.block == "moe" else _mtp_block(config)
-        plain.mtp = MtpConfig(num_layers=config.mtp.num_layers, block=named)
+    depths = config.mtp.num_layers if config.mtp else 0
+    plain.mtp = mtp_of(config, depths, "moe")
     same_or_refuse(config, plain, architecture)
     return {
         **decoder_to_hf(config, mixer, architecture, model_type),
@@ -294,7 +295,7 @@ def first_dense_to_hf(
         "topk_group": moe.topk_group,
         "routed_scaling_factor": moe.routed_scaling_factor,
         "norm_topk_prob": moe.norm_topk_prob,
-        MTP_LAYERS: 0 if config.mtp is None else config.mtp.num_layers,
+        MTP_LAYERS: depths,
     }
 
 
@@ -332,5 +333,7 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v3"),
+    hf=HuggingFaceSpec(
+        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v3", mtp=MTP_BEHIND
+    ),
 )

@@ -32,7 +32,7 @@ from nanovl.models.deepseek_v3 import (
     yarn,
 )
 from nanovl.models.hf_config import expect, rope_from_hf
-from nanovl.models.hf_keys import with_mtp_rules
+from nanovl.models.hf_keys import MTP_BEHIND, with_mtp_rules
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "DeepseekV32ForCausalLM"
@@ -121,5 +121,7 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v32"),
+    hf=HuggingFaceSpec(
+        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v32", mtp=MTP_BEHIND
+    ),
 )

@@ -25,7 +25,15 @@ from nanovl.models.deepseek_v3 import (
     parts,
 )
 from nanovl.models.hf_config import rope_from_hf
-from nanovl.models.hf_keys import ATTENTION, MLP, ROUTED, decoder_rules, expert_rules, with_mtp_rules
+from nanovl.models.hf_keys import (
+    ATTENTION,
+    MLP,
+    MTP_BEHIND,
+    ROUTED,
+    decoder_rules,
+    expert_rules,
+    with_mtp_rules,
+)
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
@@ -147,5 +155,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
 )

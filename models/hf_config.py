@@ -9,6 +9,7 @@ from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.mtp import MtpConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import DecoderConfig
 from nanovl.spec import computed
@@ -134,6 +135,13 @@ def same_or_refuse(config: DecoderConfig, plain: DecoderConfig, architecture: st
     ]
     if wrong:
         raise ConfigError(wrong)
+
+
+def mtp_of(config: DecoderConfig, depths: int, block: str) -> MtpConfig | None:
+    """`depths` modules whose layers have template `block`, as released; none where that is 0."""
+    named = config.mtp is not None and config.mtp.block == block
+    last = config.layer_names()[-1] == block
+    return MtpConfig(num_layers=depths, block=block if named or not last else None) if depths else None
 
 
 def rope_from_hf(hf: Mapping[str, Any], *, theta: float = 10_000.0) -> RopeConfig:

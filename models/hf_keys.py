@@ -6,6 +6,7 @@ DeepSeek's rotation turns neighbouring channels, ours those half a head apart: r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.decoder import DecoderConfig
-from nanovl.spec import KeyGroup, KeyRule
+from nanovl.models.hf_config import MTP_LAYERS
+from nanovl.spec import KeyGroup, KeyRule, MtpFiles
 
 NORMS = {
     "pre": {"input_layernorm": "mixer_pre_norm", "post_attention_layernorm": "ffn_pre_norm"},
@@ -62,8 +64,8 @@ LATENT = {
 
 
 MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "norm"}
-LAYER, MODULE = "layers.{i}.", "mtp.{i}.block."
-"""Where the tensors of a layer stand here, and those of the layer in a module of multi-token prediction."""
+THEIR_LAYER, LAYER = "model.layers.{i}.", "layers.{i}."
+"""Where the tensors of a layer stand, there and here."""
 
 
 def decoder_rules(config: DecoderConfig, layer: Mapping[str, str] = {**ATTENTION, **MLP}) -> list[KeyRule]:
@@ -109,17 +111,32 @@ def with_mtp_rules(config: DecoderConfig, rules: Sequence[KeyRule | KeyGroup]) -
         for rule in rules
     ]
     own = [KeyRule(f"model.layers.{{i}}.{a}.weight", f"mtp.{{i}}.{b}.weight") for a, b in MTP.items()]
-    inside = [moved for rule in rules if (moved := _in_module(rule)) is not None]
-    return [*shared, *in_layers([*inside, *own], places)]
+    return [*shared, *in_layers([*moved(rules, THEIR_LAYER, "mtp.{i}.block."), *own], places)]
 
 
-def _in_module(rule: KeyRule | KeyGroup) -> KeyRule | KeyGroup | None:
-    """The rule of a layer, for the layer in a module; None where it is of no layer."""
-    if isinstance(rule, KeyRule):
-        inside = rule.ours.startswith(LAYER)
-        return replace(rule, ours=rule.ours.replace(LAYER, MODULE)) if inside else None
-    inside = all(name.startswith(LAYER) for name in rule.ours)
-    return replace(rule, ours=tuple(n.replace(LAYER, MODULE) for n in rule.ours)) if inside else None
+def module_behind_the_layers(name: str, layers: int) -> int | None:
+    """The module that tensor `name` belongs to, in DeepSeek's checkpoints."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match and int(match[1]) >= layers else None
+
+
+MTP_BEHIND = MtpFiles(MTP_LAYERS, module_behind_the_layers)
+"""Of DeepSeek-V3 and those that follow it."""
+
+
+def moved(rules: Sequence[KeyRule | KeyGroup], theirs: str, ours: str) -> list[KeyRule | KeyGroup]:
+    """Those of `rules` that are of any layer, for a layer whose tensors' names begin so instead."""
+
+    def at(names: str | tuple[str, ...], old: str, new: str) -> Any:
+        if isinstance(names, str):
+            return names.replace(old, new, 1)
+        return tuple(name.replace(old, new, 1) for name in names)
+
+    return [
+        replace(rule, theirs=at(rule.theirs, THEIR_LAYER, theirs), ours=at(rule.ours, LAYER, ours))
+        for rule in rules
+        if (rule.ours if isinstance(rule, KeyRule) else rule.ours[0]).startswith(LAYER)
+    ]
 
 
 def _copied(rule: KeyRule, copies: Sequence[str]) -> KeyGroup:

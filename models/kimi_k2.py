@@ -23,6 +23,7 @@ from nanovl.models.deepseek_v3 import (
     small_latent,
     yarn,
 )
+from nanovl.models.hf_keys import MTP_BEHIND
 from nanovl.spec import HuggingFaceSpec, ModelFamily
 
 FLAVORS = {
@@ -56,5 +57,7 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="kimi_k2"),
+    hf=HuggingFaceSpec(
+        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="kimi_k2", mtp=MTP_BEHIND
+    ),
 )

@@ -6,13 +6,13 @@ number in all three, so for text alone that is the plain rotation, which is what
 config.json is therefore neither needed nor kept.
 
 Unverified, for want of the released files: the sizes of the 27B are those of OLMo-core's and slime's configs, the
-rotation's base among them; the context is from memory. Released files also hold `mtp.*` and a vision tower, and are
-refused for that.
+rotation's base among them; the context is from memory. `mtp.*` is as in Qwen3-Next, by vLLM's qwen3_5_mtp.py. Released
+files also hold a vision tower, and are refused for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovl.errors import ConfigError
@@ -23,16 +23,19 @@ from nanovl.models.hf_keys import MLP, decoder_rules
 from nanovl.models.qwen3_next import (
     hybrid,
     hybrid_from_hf,
+    hybrid_rules,
     hybrid_to_hf,
     linear_heads,
-    mixer_rules,
+    module_apart,
     parts,
     rows,
 )
-from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily, MtpFiles
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 VOCAB = 248320
+MTP = MtpFiles("mtp_num_hidden_layers", module_apart)
+"""The key is that of public copies of released files."""
 
 FLAVORS = {
     # unverified
@@ -62,7 +65,7 @@ FLAVORS = {
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The config of a config.json. Raises ConfigError for what this family does not compute."""
     expect(hf, "qwen3_5", hidden_act="silu")
-    return hybrid_from_hf(hf, MlpConfig(intermediate_size=hf["intermediate_size"]))
+    return hybrid_from_hf(hf, MlpConfig(intermediate_size=hf["intermediate_size"]), MTP.depth)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -70,12 +73,12 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     ffn = parts(config, ARCHITECTURE)[2]
     if ffn != MlpConfig(intermediate_size=getattr(ffn, "intermediate_size", 0)):
         raise ConfigError(f"model.blocks.full.ffn: {ARCHITECTURE} has a SwiGLU MLP without biases there")
-    said = hybrid_to_hf(config, ARCHITECTURE, "qwen3_5_text")
+    said = hybrid_to_hf(config, ARCHITECTURE, "qwen3_5_text", MTP.depth)
     return {**said, "intermediate_size": ffn.intermediate_size}
 
 
-def rules_apart(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
-    """The key map of the mixers of Qwen3.5, with experts or without."""
+def rules_apart(config: DecoderConfig, every: Sequence[KeyRule | KeyGroup]) -> list[KeyRule | KeyGroup]:
+    """The key map of Qwen3.5, with experts or without: `every` is that of all layers, but for their mixers."""
     linear = parts(config, ARCHITECTURE)[0]
     keys, values = linear.num_key_heads * linear.key_head_dim, linear.num_value_heads * linear.value_head_dim
     qkv = [f"{name}_proj.weight" for name in "qkv"]
@@ -84,12 +87,12 @@ def rules_apart(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
         for name, size in (("z", values), ("a", linear.num_value_heads), ("b", linear.num_value_heads))
     ]
     together = rows("linear_attn.in_proj_qkv.weight", qkv, 1, (keys, keys, values))
-    return mixer_rules(config, [*projections, together])
+    return hybrid_rules(config, every, [*projections, together])
 
 
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
     """The key map."""
-    return [*decoder_rules(config, MLP), *rules_apart(config)]
+    return rules_apart(config, decoder_rules(config, MLP))
 
 
 FAMILY = ModelFamily(
@@ -99,5 +102,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP),
 )

@@ -16,7 +16,7 @@ from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.decoder import Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import expect
 from nanovl.models.hf_keys import decoder_rules, expert_rules
-from nanovl.models.qwen3_5 import VOCAB, rules_apart
+from nanovl.models.qwen3_5 import MTP, VOCAB, rules_apart
 from nanovl.models.qwen3_next import (
     EXPERTS,
     experts,
@@ -60,7 +60,7 @@ FLAVORS = {
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The config of a config.json. Raises ConfigError for what this family does not compute."""
     expect(hf, "qwen3_5_moe", hidden_act="silu", norm_topk_prob=True)
-    return hybrid_from_hf(hf, experts_from_hf(hf))
+    return hybrid_from_hf(hf, experts_from_hf(hf), MTP.depth)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -68,18 +68,14 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     said = experts_to_hf(config, ARCHITECTURE)
     if not said.pop("norm_topk_prob"):
         raise ConfigError(f"model.blocks.full.ffn.norm_topk_prob = False: {ARCHITECTURE} has True there")
-    return {**hybrid_to_hf(config, ARCHITECTURE, "qwen3_5_moe_text"), **said}
+    return {**hybrid_to_hf(config, ARCHITECTURE, "qwen3_5_moe_text", MTP.depth), **said}
 
 
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
     """The key map."""
     ffn = parts(config, ARCHITECTURE)[2]
     assert isinstance(ffn, MoeConfig)
-    return [
-        *decoder_rules(config, EXPERTS),
-        *rules_apart(config),
-        *expert_rules(ffn.num_experts),
-    ]
+    return rules_apart(config, [*decoder_rules(config, EXPERTS), *expert_rules(ffn.num_experts)])
 
 
 FAMILY = ModelFamily(
@@ -89,5 +85,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP),
 )

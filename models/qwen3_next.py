@@ -4,15 +4,19 @@ Different from Qwen3 with experts: three of four layers mix tokens by Gated Delt
 output is gated, and of whose 256 channels a head a quarter turn; norms keep their scales less one; 10 of 512 experts a
 token beside a shared one, which is gated too. Qwen3.5 is built of the same layers.
 
-Checkpoints group the rows of several projections by key head; they are sorted when read. `mtp.*`, the layer that
-predicts a second token, has no counterpart here, and a checkpoint that has it is refused.
+Checkpoints group the rows of several projections by key head; they are sorted when read. `mtp.*` is one module of
+multi-token prediction (models/blocks/mtp.py) around a layer of attention and experts; flavors are without it.
 
 Unverified, for want of the released files: the rotation's base and the context, from memory. The other sizes are the
-defaults of transformers' class, and come to the published 80B.
+defaults of transformers' class, and come to the published 80B. transformers has no such module: its names, the order in
+which `mtp.fc` reads embedding and state, and that the state comes from behind the last norm, are those of vLLM's
+qwen3_next_mtp.py and SGLang's. Both count one module where config.json is silent; further ones would share `mtp.fc` and
+the norms, and are refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,15 +33,17 @@ from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
+    MTP_LAYERS,
     decoder_to_hf,
     expect,
+    mtp_of,
     rope_from_hf,
     rope_to_hf,
     same_or_refuse,
     tiling,
 )
-from nanovl.models.hf_keys import decoder_rules, expert_rules, in_layers
-from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily, computed
+from nanovl.models.hf_keys import decoder_rules, expert_rules, in_layers, moved
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily, MtpFiles, computed
 
 ARCHITECTURE = "Qwen3NextForCausalLM"
 ATTENTION = ("k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
@@ -135,9 +141,15 @@ FLAVORS = {
 
 
 def hybrid_from_hf(
-    hf: Mapping[str, Any], ffn: MlpConfig | MoeConfig, *, theta: float = 10_000.0
+    hf: Mapping[str, Any], ffn: MlpConfig | MoeConfig, depth: str, *, theta: float = 10_000.0
 ) -> DecoderConfig:
-    """The config of a config.json of these families; `theta` where it is silent. Raises ConfigError."""
+    """The config of a config.json of these families, whose key of the modules' number is `depth`; `theta` where it is
+    silent. Raises ConfigError."""
+    if (depths := hf.get(depth) or 0) > 1:
+        raise ConfigError(
+            f"{depth} = {depths}: modules of these checkpoints share one `mtp.fc` and its norms, which is not computed "
+            "here beyond one module"
+        )
     linear = GatedDeltaNetConfig(
         num_key_heads=hf["linear_num_key_heads"],
         num_value_heads=hf["linear_num_value_heads"],
@@ -161,6 +173,7 @@ def hybrid_from_hf(
         bias=hf.get("attention_bias", False),
     )
     config.pattern = tiling(_layer_names(hf), PATTERN)
+    config.mtp = mtp_of(config, depths, "full")
     return config
 
 
@@ -175,7 +188,7 @@ def _layer_names(hf: Mapping[str, Any]) -> list[str]:
     return [names[name] for name in named]
 
 
-def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
+def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str, depth: str) -> dict[str, Any]:
     """The config.json of `config`, but for its MLPs. Raises ConfigError where it cannot say the same."""
     linear, full, ffn = parts(config, architecture)
     plain = hybrid(
@@ -193,9 +206,11 @@ def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> d
         tie=config.tie_word_embeddings,
         bias=full.qkv_bias,
     )
+    plain.mtp = mtp_of(config, 1 if config.mtp else 0, "full")
     same_or_refuse(config, plain, architecture)
     return {
         **decoder_to_hf(config, full, architecture, model_type),
+        depth: 1 if config.mtp else 0,
         **rope_to_hf(full.rope),
         "partial_rotary_factor": 1.0 if full.rope is None else full.rope.partial_rotary_factor,
         "hidden_act": "silu",
@@ -268,9 +283,44 @@ EXPERTS = {
 }
 
 
-def mixer_rules(config: DecoderConfig, projections: Sequence[KeyRule | KeyGroup]) -> list[KeyRule | KeyGroup]:
-    """The key map of the mixers; `projections` are those of Gated DeltaNet, which the families store differently."""
+MTP = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "norm": "norm"}
+"""What the module of multi-token prediction has besides its layer."""
+
+
+def module_apart(name: str, layers: int) -> int | None:
+    """The module that tensor `name` belongs to."""
+    match = re.match(r"mtp\.(?:layers\.(\d+)\.)?", name)
+    return int(match[1] or 0) if match else None
+
+
+def hybrid_rules(
+    config: DecoderConfig,
+    every: Sequence[KeyRule | KeyGroup],
+    projections: Sequence[KeyRule | KeyGroup],
+) -> list[KeyRule | KeyGroup]:
+    """The key map, of `every` layer's rules but for the mixers; `projections` are those of Gated DeltaNet, which the
+    families store differently. A module of multi-token prediction has a layer of attention."""
     linear, full, _ = parts(config, ARCHITECTURE)
+    names, attention = config.layer_names(), attention_rules(full)
+    ahead: list[KeyRule | KeyGroup] = []
+    if config.mtp is not None:
+        ours = f"mtp.{config.num_hidden_layers}."
+        ahead = [KeyRule(f"mtp.{a}.weight", f"{ours}{b}.weight") for a, b in MTP.items()]
+        ahead += moved([*every, *attention], "mtp.layers.0.", f"{ours}block.")
+    return [
+        *every,
+        *in_layers(
+            linear_rules(linear, projections), [i for i, name in enumerate(names) if name == "linear"]
+        ),
+        *in_layers(attention, [i for i, name in enumerate(names) if name == "full"]),
+        *ahead,
+    ]
+
+
+def linear_rules(
+    linear: GatedDeltaNetConfig, projections: Sequence[KeyRule | KeyGroup]
+) -> list[KeyRule | KeyGroup]:
+    """The key map of Gated DeltaNet."""
     keys, values = linear.num_key_heads * linear.key_head_dim, linear.num_value_heads * linear.value_head_dim
     convolution = KeyGroup(
         ("model.layers.{i}.linear_attn.conv1d.weight",),
@@ -279,23 +329,22 @@ def mixer_rules(config: DecoderConfig, projections: Sequence[KeyRule | KeyGroup]
         lambda ours: [torch.cat([*ours]).unsqueeze(1)],
     )
     memory = {"A_log": "A_log", "dt_bias": "dt_bias", "norm.weight": "gated_norm.weight"}
-    of_linear: list[KeyRule | KeyGroup] = [
+    return [
         *(_rule(f"linear_attn.{a}", b) for a, b in {**memory, "out_proj.weight": "o_proj.weight"}.items()),
         convolution,
         *projections,
     ]
+
+
+def attention_rules(full: AttentionConfig) -> list[KeyRule | KeyGroup]:
+    """The key map of gated attention."""
     heads, head_dims = full.num_attention_heads, (full.head_dim, full.head_dim)
-    of_full: list[KeyRule | KeyGroup] = [
+    return [
         *(_rule(f"self_attn.{n}.{part}", f"{n}.{part}") for n in ATTENTION for part in ("weight", "bias")),
         *(
             rows(f"self_attn.q_proj.{part}", [f"{n}_proj.{part}" for n in "qg"], heads, head_dims)
             for part in ("weight", "bias")
         ),
-    ]
-    names = config.layer_names()
-    return [
-        *in_layers(of_linear, [i for i, name in enumerate(names) if name == "linear"]),
-        *in_layers(of_full, [i for i, name in enumerate(names) if name == "full"]),
     ]
 
 
@@ -319,13 +368,14 @@ def rows(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) ->
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The config of a config.json. Raises ConfigError for what this family does not compute."""
     expect(hf, "qwen3_next", hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
-    return hybrid_from_hf(hf, experts_from_hf(hf))
+    return hybrid_from_hf(hf, experts_from_hf(hf), MTP_LAYERS)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of `config`. Raises ConfigError where Qwen3NextForCausalLM cannot say the same."""
     said = experts_to_hf(config, ARCHITECTURE)
-    return {**hybrid_to_hf(config, ARCHITECTURE, "qwen3_next"), **said, "decoder_sparse_step": 1}
+    common = hybrid_to_hf(config, ARCHITECTURE, "qwen3_next", MTP_LAYERS)
+    return {**common, **said, "decoder_sparse_step": 1}
 
 
 def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
@@ -340,11 +390,8 @@ def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
         rows("linear_attn.in_proj_qkvz.weight", qkvz, linear.num_key_heads, sizes),
         rows("linear_attn.in_proj_ba.weight", ba, linear.num_key_heads, (group, group)),
     ]
-    return [
-        *decoder_rules(config, EXPERTS),
-        *mixer_rules(config, projections),
-        *expert_rules(ffn.num_experts),
-    ]
+    every: list[KeyRule | KeyGroup] = [*decoder_rules(config, EXPERTS), *expert_rules(ffn.num_experts)]
+    return hybrid_rules(config, every, projections)
 
 
 FAMILY = ModelFamily(
@@ -354,5 +401,7 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(
+        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MtpFiles(MTP_LAYERS, module_apart)
+    ),
 )

@@ -110,6 +110,16 @@ class KeyGroup:
 
 
 @dataclass(frozen=True)
+class MtpFiles:
+    """How a family's checkpoints hold multi-token prediction."""
+
+    depth: str
+    """Key of config.json for the number of modules; what tensors there are decides, whatever it says."""
+    module: Callable[[str, int], int | None]
+    """(name of a tensor, layers of the model) -> the module that it belongs to; None = it belongs to none."""
+
+
+@dataclass(frozen=True)
 class HuggingFaceSpec:
     """How a family's checkpoints look to `transformers`."""
 
@@ -121,6 +131,8 @@ class HuggingFaceSpec:
     """The key map of one config; tied weights are listed once, under the name on disk."""
     model_type: str = ""
     """`model_type` in config.json, which tells families of one class apart; "" where the class has one family."""
+    mtp: MtpFiles | None = None
+    """None where checkpoints of the family have no modules of multi-token prediction."""
 
 
 @dataclass(frozen=True)

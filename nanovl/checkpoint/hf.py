@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -28,12 +27,8 @@ from nanovl.checkpoint.tensors import (
     weights_of,
 )
 from nanovl.errors import CheckpointError, ConfigError
-from nanovl.models.hf_config import MTP_LAYERS
 from nanovl.registry import family_of
-from nanovl.spec import HuggingFaceSpec, ModelFamily, ModelSpec
-
-MTP_MODULE = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
-"""A tensor that each module of multi-token prediction has, and no layer."""
+from nanovl.spec import HuggingFaceSpec, ModelFamily, ModelSpec, MtpFiles
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,8 +39,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}/config.json: cannot be read: {error!r}") from None
 
 
-def spec_of_directory(folder: Path) -> ModelSpec:
-    """The architecture that `folder`/config.json names. Raises CheckpointError where no family here computes it."""
+def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
+    """The architecture that `folder`/config.json names; `stored` = the tensors there, if they were looked through.
+
+    Raises CheckpointError where no family here computes it.
+    """
+    config, found, files = _config_of_directory(folder)
+    try:
+        if files.mtp is not None:
+            # tensors alone know: transformers saves no modules, but their number; files of Qwen3-Next have one unsaid
+            modules = _modules(SafetensorsFolder(folder) if stored is None else stored, files.mtp, config)
+            config[files.mtp.depth] = len(set(modules.values()))
+        return ModelSpec(found, files.config_from_hf(config))
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/config.json: has no {error}") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
+
+
+def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, HuggingFaceSpec]:
     config = read_config(folder)
     try:
         architecture = config["architectures"][0]
@@ -57,34 +69,33 @@ def spec_of_directory(folder: Path) -> ModelSpec:
             "computes, so those weights would be lost; save its language model alone, with transformers, and name that"
         )
     try:
-        config |= _modules_there_are(config, folder)
         found = family_of(architecture, config.get("model_type", ""))
-        return ModelSpec(found, _hf(found).config_from_hf(config))
-    except KeyError as error:
-        raise CheckpointError(f"{folder}/config.json: has no {error}") from None
     except ConfigError as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from None
+    return config, found, _hf(found)
 
 
-def _modules_there_are(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
-    """The depth of multi-token prediction, by the files: transformers leaves its modules out when it saves, and their
-    number in config.json."""
-    if not config.get(MTP_LAYERS):
-        return {}
-    places = [
-        match[1] for name in SafetensorsFolder(folder).described if (match := MTP_MODULE.fullmatch(name))
-    ]
-    return {MTP_LAYERS: sum(int(place) >= config["num_hidden_layers"] for place in places)}
+def mtp_tensors(folder: Path, stored: Tensors) -> list[str]:
+    """What of `stored`, the tensors in `folder`, belongs to modules of multi-token prediction."""
+    config, _, files = _config_of_directory(folder)
+    return [] if files.mtp is None else [*_modules(stored, files.mtp, config)]
 
 
-def open_hf(folder: Path, spec: ModelSpec) -> Renamed:
-    """The weights in `folder`'s safetensors as `spec` has them, under our names, none read yet.
+def _modules(stored: Tensors, files: MtpFiles, config: Mapping[str, Any]) -> dict[str, int]:
+    """Tensor of a module of multi-token prediction -> the module."""
+    places = {name: files.module(name, config["num_hidden_layers"]) for name in stored.described}
+    return {name: place for name, place in places.items() if place is not None}
+
+
+def open_hf(folder: Path, spec: ModelSpec, stored: Tensors | None = None) -> Renamed:
+    """The weights in `folder`'s safetensors as `spec` has them, under our names, none read yet; `stored` = the tensors
+    there, if they were looked through.
 
     Raises CheckpointError listing every tensor that is unknown, missing or of another shape.
     """
     rules = _hf(spec.family).key_rules(spec.config)
     try:
-        stored = dequantized(SafetensorsFolder(folder), read_config(folder))
+        stored = dequantized(SafetensorsFolder(folder) if stored is None else stored, read_config(folder))
         stored = _less_tied_copies(stored, KeyMap(rules), spec)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nanovl.checkpoint.hf import open_hf, spec_of_directory
+from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory
 from nanovl.checkpoint.manager import committed, load_weights, read_meta
 from nanovl.checkpoint.safetensors_files import SINGLE, SafetensorsFolder
 from nanovl.checkpoint.state import StateFolder
-from nanovl.checkpoint.tensors import Tensors, fill, same_names, under_our_names, weights_of
+from nanovl.checkpoint.tensors import Tensors, Without, fill, same_names, under_our_names, weights_of
 from nanovl.config.schema import Job
+from nanovl.errors import CheckpointError
 from nanovl.registry import spec_from_dict
 from nanovl.run import Run
 from nanovl.spec import ModelSpec
@@ -45,6 +47,11 @@ class Source(ABC):
     @abstractmethod
     def weights(self, spec: ModelSpec) -> Tensors:
         """All weights under our names, none read yet. Raises CheckpointError listing every one that does not fit."""
+
+    def without_mtp(self) -> tuple[Source, list[str]]:
+        """The same without modules of multi-token prediction, and the tensors that they are. Raises CheckpointError
+        where there are none."""
+        raise CheckpointError(f"{self.path}: has no modules of multi-token prediction to leave away")
 
     def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
         """Load the weights into `model`, plain, sharded, or a pipeline's part, which may have more: the tensors called
@@ -87,10 +94,23 @@ class Checkpoint(Source):
     def spec(self) -> ModelSpec:
         return spec_from_dict(self.facts["model"])
 
+    @cached_property
+    def stored(self) -> Tensors:
+        """All tensors of the model. Raises CheckpointError."""
+        return SafetensorsFolder(self.path) if self._is_plain else StateFolder(self.path / "state")
+
     def weights(self, spec: ModelSpec) -> Tensors:
-        stored = SafetensorsFolder(self.path) if self._is_plain else StateFolder(self.path / "state")
         wanted = weights_of(spec)
-        return under_our_names(stored, same_names(wanted), wanted, f"{self.path} does not fit the model")
+        return under_our_names(self.stored, same_names(wanted), wanted, f"{self.path} does not fit the model")
+
+    def without_mtp(self) -> tuple[Source, list[str]]:
+        if getattr(self.spec.config, "mtp", None) is None:
+            return super().without_mtp()
+        less = Checkpoint(self.path)
+        less.spec = replace(self.spec, config=replace(self.spec.config, mtp=None))
+        names = sorted(weights_of(self.spec).keys() - weights_of(less.spec).keys())
+        less.stored = Without(self.stored, names)
+        return less, names
 
     def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
         if self._is_plain:
@@ -125,8 +145,20 @@ class HuggingFace(Source):
         return cls(path) if isinstance(said, dict) and "architectures" in said else None
 
     @cached_property
+    def stored(self) -> Tensors:
+        """The tensors as they lie there. Raises CheckpointError."""
+        return SafetensorsFolder(self.path)
+
+    @cached_property
     def spec(self) -> ModelSpec:
-        return spec_of_directory(self.path)
+        return spec_of_directory(self.path, self.stored)
 
     def weights(self, spec: ModelSpec) -> Tensors:
-        return open_hf(self.path, spec)
+        return open_hf(self.path, spec, self.stored)
+
+    def without_mtp(self) -> tuple[Source, list[str]]:
+        if not (names := mtp_tensors(self.path, self.stored)):
+            return super().without_mtp()
+        less = HuggingFace(self.path)
+        less.stored = Without(self.stored, names)
+        return less, names

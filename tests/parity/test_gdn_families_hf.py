@@ -130,12 +130,12 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
     del weights["model.layers.2.mlp.experts.5.up_proj.weight"]
-    weights["mtp.fc.weight"] = torch.zeros(2)
+    weights["mpt.fc.weight"] = torch.zeros(2)
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(CheckpointError) as error:
         imported(tmp_path)
     assert "missing model.layers.2.mlp.experts.5.up_proj.weight" in str(error.value)
-    assert "unknown mtp.fc.weight" in str(error.value)
+    assert "unknown mpt.fc.weight" in str(error.value)
     assert len(str(error.value).splitlines()) == 3
 
 

@@ -1,6 +1,8 @@
 """Multi-token prediction against transformers' MtpModel, which reads the directories that are written here.
 
-It finds modules by the layer numbers of released models: 61 for DeepSeek-V3, 46 for GLM-4.5-Air.
+It finds modules by the layer numbers of released models: 61 for DeepSeek-V3, 46 for GLM-4.5-Air. For Qwen3-Next and
+Qwen3.5 transformers has none: `qwen_module` puts one together of its layers and norms, in the order of vLLM's
+qwen3_next_mtp.py and SGLang's file of that name.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ from nanovl.spec import ModelSpec, run_batch
 VOCAB, TOKENS = 96, 24
 LAYERS = {"glm4_moe": 46, "deepseek_v3": 61}
 NAMES = ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+AUTO = {
+    "qwen3_next": transformers.AutoModelForCausalLM,
+    "qwen3_5": transformers.Qwen3_5ForCausalLM,
+    "qwen3_5_moe": transformers.Qwen3_5MoeForCausalLM,
+}
 LIMIT = 2e-5
 """Of a logit; positions that are one further turn queries and keys alike, to rounding."""
 
@@ -137,6 +144,77 @@ def test_a_checkpoint_returns(name: str, tmp_path: Path) -> None:
     load_hf_weights(tmp_path, back, again)
     for key, value in named_weights(back).items():
         assert torch.equal(value, named_weights(model)[key]), key
+
+
+QWEN = ["qwen3_next", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)]
+
+
+def qwen_module(theirs: Any, stored: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Logits of the tokens after the next ones, [B, T - 1, V]."""
+    inner, config = theirs.model, theirs.config
+    norm_class, layer = type(inner.norm), type(inner.layers[-1])(config, config.num_hidden_layers - 1)
+    found = {n.removeprefix("mtp.layers.0."): v for n, v in stored.items() if n.startswith("mtp.layers.0.")}
+    if hasattr(config, "num_experts"):
+        gate, up, down = (
+            torch.stack([found.pop(f"mlp.experts.{e}.{name}.weight") for e in range(config.num_experts)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        found |= {"mlp.experts.gate_up_proj": torch.cat((gate, up), 1), "mlp.experts.down_proj": down}
+    layer.load_state_dict(found)
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        norm.load_state_dict({"weight": stored[f"mtp.{name}.weight"]})
+        return norm(x)
+
+    embedded = normed("pre_fc_norm_embedding", inner.embed_tokens(tokens[:, 1:]))
+    hidden = normed("pre_fc_norm_hidden", inner(tokens).last_hidden_state[:, :-1])
+    x = torch.cat((embedded, hidden), -1) @ stored["mtp.fc.weight"].T
+    positions = torch.arange(x.shape[1])[None]
+    x = layer.eval()(x, inner.rotary_emb(x, positions), position_ids=positions)
+    return theirs.lm_head(normed("norm", x))
+
+
+@pytest.mark.parametrize("name", QWEN)
+@torch.no_grad()
+def test_the_module_of_qwen_and_its_checkpoints(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, layers=4, norm={"eps": 1e-4})
+    model = drawn(spec)
+    save_hf(tmp_path, named_weights(model), spec, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    theirs, info = AUTO[name].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info  # it does not load `mtp.*`, and says nothing
+    expected, (found,) = qwen_module(theirs.eval(), stored, tokens_BT()), logits_of_depths(model)
+    assert (theirs(tokens_BT()).logits - model(tokens_BT())).abs().max() < 5e-5
+    assert (found - expected).abs().max() < 5e-5
+    assert expected.std() > 0.1
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("num_nextn_predict_layers" if name == "qwen3_next" else "mtp_num_hidden_layers") == 1
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as released: the tensors say it
+    again = spec_of_directory(tmp_path)
+    assert again.config.mtp == MtpConfig(num_layers=1)
+    back = again.family.model(again.config)
+    load_hf_weights(tmp_path, back, again)
+    for key, value in named_weights(back).items():
+        assert torch.equal(value, named_weights(model)[key]), key
+
+
+def test_modules_of_qwen_that_share_more_than_is_computed_are_refused(tmp_path: Path) -> None:
+    spec = spec_of("qwen3_next", layers=4)
+    save_hf(tmp_path, named_weights(drawn(spec)), spec, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**stored, "mtp.layers.1.self_attn.k_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"num_nextn_predict_layers = 2: modules .* share one `mtp\.fc`"
+    ):
+        spec_of_directory(tmp_path)
+    spec = spec_of("qwen3_next", layers=4, depths=2)
+    assert spec.family.hf is not None
+    with pytest.raises(ConfigError, match=r"model\.mtp\.num_layers = 2: cannot be written"):
+        spec.family.hf.config_to_hf(spec.config)
 
 
 def test_modules_that_are_not_there_are_not_asked_for(tmp_path: Path) -> None:
