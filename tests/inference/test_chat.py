@@ -173,13 +173,16 @@ class Screen:
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """What was shown since the last call, up to `text`."""
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.shown!r}"
-            if select.select([self.end], [], [], 0.2)[0]:
-                self.shown += os.read(self.end, 4096).decode(errors="replace")
+        assert self.comes(text, seconds), f"no {text!r} in {self.shown!r}"
         before, _, self.shown = self.shown.partition(text)
         return before
+
+    def comes(self, text: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while text not in self.shown and time.monotonic() < deadline:
+            if select.select([self.end], [], [], 0.2)[0]:
+                self.shown += os.read(self.end, 4096).decode(errors="replace")
+        return text in self.shown
 
     def type(self, keys: str) -> None:
         os.write(self.end, keys.encode())
@@ -211,11 +214,11 @@ def test_a_terminal_streams_and_obeys_ctrl_c_and_ctrl_d(directory: Path) -> None
         screen.wait_for("> ")
         screen.type("half a line")
         screen.wait_for("half a line")
-        time.sleep(0.5)  # Python overlooks a signal in the moment before readline waits
         screen.type("\x03")
-        screen.wait_for("> ")
+        while not screen.comes("> ", 1):  # Python overlooks a signal in the moment before readline waits
+            screen.type("\x03")
         screen.type("\x04")
-        assert screen.process.wait(20) == 0
+        assert screen.process.wait(60) == 0
     finally:
         screen.process.kill()
         screen.process.wait()
