@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanovl import dist
-from nanovl.checkpoint.locate import fill, spec_at
+from nanovl.checkpoint.locate import find_source
 from nanovl.checkpoint.tensors import weights_of
 from nanovl.config.check import check_job, data_parallel_degree
 from nanovl.config.schema import Job
@@ -113,20 +113,21 @@ def build_model(
 
 def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -> None:
     """Begin with the weights at `checkpoint.initial_load_path`, and with fresh ones in parts that these lack."""
-    source, grow = Path(job.checkpoint.initial_load_path), job.checkpoint.initial_load_grow
-    given = spec_at(source)
+    path, grow = Path(job.checkpoint.initial_load_path), job.checkpoint.initial_load_grow
+    source = find_source(path)
+    given = source.spec
     known = replace(spec, config=ungrown(spec.config, given.config)) if grow else spec
     if wrong := differences(given, known):
-        raise ConfigError(wrong, f"checkpoint.initial_load_path: {source} holds another model than [model]")
+        raise ConfigError(wrong, f"checkpoint.initial_load_path: {path} holds another model than [model]")
     fresh = weights_of(spec).keys() - weights_of(known).keys()
     if grow and not fresh:
         raise ConfigError(
-            f"checkpoint.initial_load_grow = true: {source} has every part of the model; leave it out"
+            f"checkpoint.initial_load_grow = true: {path} has every part of the model; leave it out"
         )
     for part in parallel.parts:
         init_weights(part, job.debug.seed, fresh)
-    fill(parallel.whole, source, known, fresh)
-    log.say(f"  weights   {source}" + (f"; fresh: {shorten(sorted(fresh))}" if fresh else ""))
+    source.fill(parallel.whole, known, fresh)
+    log.say(f"  weights   {path}" + (f"; fresh: {shorten(sorted(fresh))}" if fresh else ""))
 
 
 def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:

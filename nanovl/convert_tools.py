@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from nanovl.errors import ConfigError
-from nanovl.log import out
+from nanovl.log import out, progress
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--shard-size", help="most that one file of hf holds, such as 500MB; default: 5GB")
     parser.add_argument(
+        "--without-mtp", action="store_true", help="leave modules of multi-token prediction away"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be written, and write nothing"
     )
     args = parser.parse_args(argv)
@@ -35,11 +38,14 @@ def main(argv: list[str]) -> int:
 
     if args.out is not None:
         require_new(Path(args.out))
-    planned = plan(args.src, to=args.to, dtype=args.dtype, shard_size=args.shard_size)
+    planned = plan(
+        args.src, to=args.to, dtype=args.dtype, shard_size=args.shard_size, without_mtp=args.without_mtp
+    )
     if args.dry_run:
         out("\n".join(planned.mapping()))
         out(f"{planned.model.source.path}: {planned.summary()}; nothing written")
         return 0
-    planned.write(Path(args.out))
+    with progress(planned.nbytes) as count:
+        planned.write(Path(args.out), count)
     out(f"{planned.model.source.path} -> {args.out}: {planned.summary()}")
     return 0

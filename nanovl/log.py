@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -64,6 +65,40 @@ def err(text: str) -> None:
     """Text to stderr, red on a terminal."""
     color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print(f"\033[31m{text}\033[0m" if color else text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """What is to be called with the bytes of each step of `total`: a bar on a terminal, elsewhere a line a minute."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        shown = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda nbytes: bar.advance(task, nbytes)
+        return
+    done, began = 0, time.monotonic()
+    last = began
+
+    def count(nbytes: int) -> None:
+        nonlocal done, last
+        done += nbytes
+        if (now := time.monotonic()) - last >= 60:
+            last = now
+            rate = done / (now - began) / 1e6
+            print(
+                f"  {done / 1e9:,.1f} of {total / 1e9:,.1f} GB, {rate:,.0f} MB/s", file=sys.stderr, flush=True
+            )
+
+    yield count
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

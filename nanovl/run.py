@@ -68,6 +68,11 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"job.run_dir: {self.folder} is a file; choose a folder with --job.run_dir=...")
         if resume and not self.is_used():
+            if self.checkpoints.is_dir():  # converted from elsewhere
+                raise RunError(
+                    f"--resume: {self.folder} holds weights alone, without a job; begin a run of its own with "
+                    f"--checkpoint.initial_load_path={self.folder}"
+                )
             raise RunError(f"--resume: {self.folder} holds no run; start it without --resume")
         if not resume and self.folder.exists() and any(self.folder.iterdir()):
             state = "is in use; continue it with --resume," if self.is_used() else "holds files but no run;"

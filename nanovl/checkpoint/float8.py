@@ -71,12 +71,14 @@ class FromBlocks(Tensors):
         for name, value in self.source.described.items():
             if name in self.scaled:
                 found = tuple(self.source.described[f"{name}{SCALE}"].shape)
-                blocks = [
-                    -(-size // block)
-                    for size, block in zip(value.shape, (self.rows, self.columns), strict=False)
-                ]
-                if found != tuple(blocks):
-                    wrong.append(f"{name}{SCALE} is {found}, {name} has {tuple(blocks)} blocks")
-            elif value.dtype == torch.float8_e4m3fn:
+                if value.ndim != 2:
+                    wrong.append(f"{name} is {tuple(value.shape)}, and matrices alone have blocks")
+                    continue
+                blocks = tuple(
+                    -(-n // size) for n, size in zip(value.shape, (self.rows, self.columns), strict=True)
+                )
+                if found != blocks:
+                    wrong.append(f"{name}{SCALE} is {found}, {name} has {blocks} blocks")
+            elif value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
                 wrong.append(f"{name} is float8, and {name}{SCALE} is missing")
         return wrong

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
 from pathlib import Path
-
-from torch import nn
 
 from nanovl.checkpoint.nanochat_pt import Nanochat
 from nanovl.checkpoint.sources import Checkpoint, HuggingFace, Source
 from nanovl.errors import CheckpointError
-from nanovl.spec import ModelSpec
 
 KINDS: tuple[type[Source], ...] = (Checkpoint, HuggingFace, Nanochat)
 """In the order in which a path is tried."""
@@ -37,14 +33,3 @@ def find_source(path: Path) -> Source:
 def is_hugging_face(path: Path) -> bool:
     """Whether `path`/config.json is one of transformers'."""
     return HuggingFace.find(path) is not None
-
-
-def spec_at(path: Path) -> ModelSpec:
-    """The architecture of the weights at `path`. Raises CheckpointError."""
-    return find_source(path).spec
-
-
-def fill(model: nn.Module, path: Path, spec: ModelSpec, without: Collection[str] = ()) -> None:
-    """Load the weights at `path`, of `spec`, into `model`, plain or sharded, which may have more: the tensors called
-    `without`. Raises CheckpointError listing every key at fault."""
-    find_source(path).fill(model, spec, without)

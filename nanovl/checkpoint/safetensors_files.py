@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,20 +90,16 @@ def write_safetensors(folder: Path, tensors: Tensors, shard_bytes: int, metadata
     shards = _shards(tensors.described, shard_bytes)
     places: dict[str, _Place] = {}
     for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        places |= _begin(folder / name, shard, metadata)
-    handle: BinaryIO | None = None
-    for name, described in tensors.described.items():
-        place, value = places[name], tensors.read(name)
-        assert (value.shape, value.dtype) == (described.shape, described.dtype), name
-        if handle is None or handle.name != str(place.file):
-            if handle is not None:
-                handle.close()
-            handle = place.file.open("r+b", buffering=0)
-        handle.seek(place.offset)
-        _write_all(handle, value)
-    if handle is not None:
-        handle.close()
+        file = folder / (
+            SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        places |= _begin(file, shard, metadata)
+        with file.open("r+b", buffering=0) as handle:
+            for name, described in shard.items():
+                value = tensors.read(name)
+                assert (value.shape, value.dtype) == (described.shape, described.dtype), name
+                handle.seek(places[name].offset)
+                _write_all(handle, value)
     if len(shards) > 1:
         said = {
             "metadata": {"total_size": sum(place.nbytes for place in places.values())},

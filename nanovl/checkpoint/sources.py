@@ -124,7 +124,8 @@ class Checkpoint(Source):
 
     @property
     def job(self) -> Job | None:
-        return Run(self.path).read_job()
+        run = Run(self.path)
+        return run.read_job() if run.is_used() else None  # converted from elsewhere
 
     @property
     def _is_plain(self) -> bool:

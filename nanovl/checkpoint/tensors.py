@@ -7,7 +7,7 @@ names. A chain of them from source to file is a conversion, and holds about two 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,21 @@ class Without(Tensors):
 
     def read(self, name: str) -> Tensor:
         return self.source.read(name)
+
+    def parts(self) -> Sequence[Tensors]:
+        return (self.source,)
+
+
+class Counted(Tensors):
+    """Those of `source`; `count` is told the bytes of each that is read."""
+
+    def __init__(self, source: Tensors, count: Callable[[int], None]) -> None:
+        self.source, self.count, self.described = source, count, source.described
+
+    def read(self, name: str) -> Tensor:
+        value = self.source.read(name)
+        self.count(value.nbytes)
+        return value
 
     def parts(self) -> Sequence[Tensors]:
         return (self.source,)

@@ -256,7 +256,7 @@ class Checkpoint:
     async_mode: Literal["auto", "disabled", "async"] = "auto"
     """Write while training goes on; `auto` = on a GPU."""
     initial_load_path: str = ""
-    """Run, checkpoint or Hugging Face folder whose weights start a fresh run."""
+    """Run, checkpoint, Hugging Face or nanochat's folder whose weights start a fresh run."""
     initial_load_grow: bool = False
     """Let parts of the model that those weights lack begin as in a fresh run: an indexer, layers that predict ahead."""
 

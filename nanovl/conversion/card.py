@@ -46,6 +46,7 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("parameters", f"{parameters:,}"),
         ("layers x width", f"{spec.config.num_hidden_layers} x {spec.config.hidden_size}"),
         ("vocabulary", f"{spec.config.vocab_size:,}"),
+        ("multi-token prediction", _ahead(model)),
         ("dtype", str(main_dtype(model.weights)).removeprefix("torch.")),
         ("stage", str(known.get("stage", ""))),
         ("steps", f"{known['step']:,}" if known.get("step") else ""),
@@ -57,6 +58,13 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("made from", "; ".join(Path(p).name for p in [*known.get("parents", []), model.source.path])),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _ahead(model: Model) -> str:
+    if model.left_away:
+        return f"left away ({len(model.left_away)} tensors)"
+    mtp = getattr(model.spec.config, "mtp", None)
+    return "" if mtp is None else f"{mtp.num_layers}, which transformers does not load"
 
 
 def _bpb(checkpoint: Path, known: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from nanovl.checkpoint.hf import kinds, main_dtype
 from nanovl.checkpoint.locate import find_source
-from nanovl.checkpoint.tensors import InDtype, Renamed, Tensors
+from nanovl.checkpoint.tensors import Counted, InDtype, Renamed, Tensors
 from nanovl.conversion.hf_directory import HuggingFaceTarget
 from nanovl.conversion.nanochat_files import NanochatTarget
 from nanovl.conversion.ours import DcpTarget, PlainTarget, RunTarget
@@ -41,16 +42,17 @@ def convert(
     *,
     to: str,
     dtype: str | torch.dtype | None = None,
-    shard_size: str | None = None,
+    shard_size: int | str | None = None,
+    without_mtp: bool = False,
 ) -> Path:
     """Write the model at `src` to the new folder `dst` as `to`: hf, run, dcp (a checkpoint), safetensors or nanochat.
 
     `dtype` is that of written parameters; None = as they are stored. `shard_size`, for hf, is the most that one file
-    holds (5GB). Returns `dst`. Raises CheckpointError with every weight that does not fit, ConfigError, RunError; then
-    nothing is written.
+    holds, in bytes or as "500MB" (5GB). `without_mtp` leaves modules of multi-token prediction away. Returns `dst`.
+    Raises CheckpointError with every weight that does not fit, ConfigError, RunError; then nothing is written.
     """
     require_new(Path(dst))
-    plan(src, to=to, dtype=dtype, shard_size=shard_size).write(Path(dst))
+    plan(src, to=to, dtype=dtype, shard_size=shard_size, without_mtp=without_mtp).write(Path(dst))
     return Path(dst)
 
 
@@ -65,17 +67,33 @@ class Plan:
     dtype: torch.dtype | None
     """As asked; None = as stored."""
 
-    def write(self, dst: Path) -> None:
-        """Write the new folder `dst`. Raises RunError where it is in use, CheckpointError where writing fails."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(value.nbytes for value in self.tensors.described.values())
+
+    def write(self, dst: Path, count: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Write the new folder `dst`; `count` is told the bytes of each tensor.
+
+        Raises RunError where it is in use, CheckpointError where there is no room for it or writing fails.
+        """
         try:
+            free = shutil.disk_usage(next(p for p in dst.absolute().parents if p.exists())).free
+            if free < self.nbytes:
+                raise CheckpointError(
+                    f"{dst}: wants {self.nbytes / 1e9:,.1f} GB, of which {free / 1e9:,.1f} are free there; make room"
+                )
             with new_folder(dst) as draft:
-                self.target.write(self.model, self.tensors, draft, dst)
+                self.target.write(self.model, Counted(self.tensors, count), draft, dst)
         except OSError as error:
-            raise CheckpointError(f"{dst}: cannot be written: {error}; nothing is left of it") from error
+            left = "" if dst.exists() else "; nothing is left of it"
+            raise CheckpointError(f"{dst}: cannot be written: {error}{left}") from error
 
     def mapping(self) -> list[str]:
-        """A line for each group of tensors, as read and as written: names, shapes, dtypes."""
-        return list(_mappings(self.tensors))
+        """A line for each group of tensors, as read and as written: names, shapes, dtypes. Then what is left away."""
+        tables = [part for part in _renamed(self.tensors) if any(g.theirs != g.ours for g in part.groups)]
+        lines = [line for part in tables or _renamed(self.tensors)[:1] for line in part.mapping()]
+        return [*lines, *(f"{name} -> left away" for name in self.model.left_away)]
 
     def summary(self) -> str:
         """One line: what is written, how much, in which dtype."""
@@ -85,12 +103,19 @@ class Plan:
         chosen = "as stored" if self.dtype is None else "as asked"
         named = f"{str(main).removeprefix('torch.')}, {chosen}"
         more = f"; {others} tensors in other dtypes" if others else ""
-        size = sum(value.nbytes for value in values) / 1e6
+        if self.model.left_away:
+            more += f"; {len(self.model.left_away)} tensors of multi-token prediction left away"
+        size = self.nbytes / 1e6
         return f"{self.model.spec.family.name}: {len(values)} tensors, {size:,.1f} MB, {named}{more}"
 
 
 def plan(
-    src: str | Path, *, to: str, dtype: str | torch.dtype | None = None, shard_size: str | None = None
+    src: str | Path,
+    *,
+    to: str,
+    dtype: str | torch.dtype | None = None,
+    shard_size: int | str | None = None,
+    without_mtp: bool = False,
 ) -> Plan:
     """Check a conversion as `convert` does, and write nothing."""
     named = str(dtype).removeprefix("torch.")
@@ -101,15 +126,17 @@ def plan(
         wrong.append(f"dtype = {named!r}: wants one of {', '.join(DTYPES)}")
     if shard_size is not None and to in TARGETS and not TARGETS[to].has_shards:
         wrong.append(f"shard_size = {shard_size!r}: only hf has shards; leave it out")
-    if (shard_bytes := _bytes(shard_size or SHARD_SIZE)) is None:
+    if (shard_bytes := _bytes(SHARD_SIZE if shard_size is None else shard_size)) is None:
         wrong.append(f"shard_size = {shard_size!r}: wants a size above 0 such as 500MB or 5GB")
     if wrong:
         raise ConfigError(wrong)
     assert shard_bytes is not None
-    source = find_source(Path(src))
+    source, left_away = find_source(Path(src)), list[str]()
+    if without_mtp:
+        source, left_away = source.without_mtp()
     wanted = None if dtype is None else getattr(torch, named)
     weights = InDtype(source.weights(source.spec), kinds(source.spec, wanted))
-    model = Model(source, source.spec, weights, load_tokenizer(source.tokenizer), shard_bytes)
+    model = Model(source, source.spec, weights, load_tokenizer(source.tokenizer), shard_bytes, left_away)
     target = TARGETS[to]()
     return Plan(model, target, target.tensors(model), wanted)
 
@@ -124,22 +151,35 @@ def require_new(dst: Path) -> None:
 def new_folder(dst: Path) -> Iterator[Path]:
     """A draft to write into, which becomes `dst` in one rename once all is on disk, or vanishes.
 
-    What a killed conversion left under the draft's name is removed by the next one.
+    What a killed conversion left under the draft's name is removed by the next one; one that is at work holds a lock.
     """
-    require_new(dst)
     draft = dst.absolute().with_name(f".{dst.absolute().name}.unfinished")
-    if draft.exists():
-        shutil.rmtree(draft)
-    draft.mkdir(parents=True)
+    draft.mkdir(parents=True, exist_ok=True)
+    lock = os.open(draft, os.O_RDONLY)
     try:
-        yield draft
-        for path in (*draft.rglob("*"), draft):
-            _flush(path)
-        draft.rename(dst)
+        _lock(lock, dst)
+        require_new(dst)  # it may have come while others held the lock
+        for path in draft.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                _flush(path)
+            draft.rename(dst)
+        except BaseException:
+            shutil.rmtree(draft)
+            raise
         _flush(draft.parent)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int, dst: Path) -> None:
+    """Until it is closed, or its process ends. Raises RunError where another one holds it."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{dst}: another conversion is writing it; wait, or name another folder") from None
 
 
 def _flush(path: Path) -> None:
@@ -151,13 +191,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _mappings(tensors: Tensors) -> Iterator[str]:
-    for part in tensors.parts():
-        yield from _mappings(part)
-    if isinstance(tensors, Renamed):
-        yield from tensors.mapping()
+def _renamed(tensors: Tensors) -> list[Renamed]:
+    """The key maps that tensors pass, in order."""
+    before = [found for part in tensors.parts() for found in _renamed(part)]
+    return [*before, tensors] if isinstance(tensors, Renamed) else before
 
 
-def _bytes(size: str) -> int | None:
+def _bytes(size: int | str) -> int | None:
+    if not isinstance(size, str):
+        return size if size > 0 else None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size)
     return int(float(match[1]) * _UNITS[match[2]]) or None if match else None

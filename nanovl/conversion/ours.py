@@ -8,7 +8,6 @@ from typing import Any
 from nanovl import __version__
 from nanovl.checkpoint.manager import save_weights
 from nanovl.checkpoint.tensors import Held, Joined, Tensors, fresh_buffers
-from nanovl.config.schema import Job
 from nanovl.conversion.target import Model, Target
 from nanovl.registry import spec_to_dict
 from nanovl.run import Run
@@ -50,12 +49,12 @@ class RunTarget(DcpTarget):
 
 
 def _write_job(model: Model, described: dict[str, Any], folder: Path, final: Path) -> None:
-    """The job and the tokenizer, where run folders and checkpoints both have them."""
-    job = model.source.job or Job()
-    job.job.run_dir = str(final)
-    job.model.name, job.model.flavor, job.model.overrides = described["name"], "", described["config"]
-    run = Run(folder)
-    run.write_job(job, [])
+    """The tokenizer, and the job if one is known, where run folders and checkpoints both have them."""
+    run, job = Run(folder), model.source.job
+    if job is not None:
+        job.job.run_dir = str(final)
+        job.model.name, job.model.flavor, job.model.overrides = described["name"], "", described["config"]
+        run.write_job(job, [])
     model.tokenizer.save(run.tokenizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Model:
     tokenizer: AnyTokenizer
     shard_bytes: int
     """Of targets that have shards: the most that one file holds."""
+    left_away: Sequence[str] = ()
+    """Tensors of the source that are not written, as asked: those of multi-token prediction."""
 
 
 class Target(ABC):

@@ -92,12 +92,19 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     del tensors[f"{name}_scale_inv"]
     other = "model.layers.0.self_attn.o_proj.weight"
     tensors[f"{other}_scale_inv"] = torch.ones(3, 4)
+    wider = "model.layers.0.mlp.down_proj.weight"  # the other float8
+    tensors[wider] = tensors[wider].float().to(torch.float8_e5m2)
+    del tensors[f"{wider}_scale_inv"]
+    flat = "model.norm.weight"
+    tensors[f"{flat}_scale_inv"] = torch.ones(1)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     model = spec.family.model(spec.config)
     with pytest.raises(CheckpointError) as error:
         load_hf_weights(tmp_path, model, spec)
     assert f"{name} is float8, and {name}_scale_inv is missing" in str(error.value)
     assert f"{other}_scale_inv is (3, 4), {other} has (4, 4) blocks" in str(error.value)
+    assert f"{wider} is float8, and {wider}_scale_inv is missing" in str(error.value)
+    assert f"{flat} is ({spec.config.hidden_size},), and matrices alone have blocks" in str(error.value)
 
 
 @pytest.mark.parametrize("said", [{"quant_method": "compressed-tensors"}, {"quant_method": "fp8"}])
