@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if "--network" in given:
         gpu = dataclasses.replace(gpu, network_rate=1e9 * _number(given, "--network", ""))
     job = read_job(asked.files, asked.flags, world_size=world_size)
-    found = plan(question(job, world_size), gpu, ceiling, gpus_per_node)
+    found = plan(question(job, world_size, gpu), gpu, ceiling, gpus_per_node)
     if "--json" in given:
         out(json.dumps(as_numbers(found, price), indent=2))
     else:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 # B batch, T query tokens, S key tokens, D head channels, H query heads, K key/value heads, G query heads a key head
 
@@ -27,6 +28,10 @@ def sdpa(
     q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """torch's fused attention: [B, T, H, D] in and out, query heads grouped over K."""
+    if mask is not None and q_BTHD.is_cuda and q_BTHD.requires_grad:
+        # with a mask torch up to 2.13 groups heads in cuDNN alone; elsewhere it would keep all scores for backward
+        groups = q_BTHD.shape[2] // k_BSKD.shape[2]
+        k_BSKD, v_BSKD = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k_BSKD, v_BSKD))
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSKD.transpose(1, 2),
@@ -81,7 +86,6 @@ def flex(
     heat_BT: Tensor | None = None,
 ) -> Tensor:
     """The same in one generated kernel that keeps no scores; masked ones are computed all the same."""
-    from torch.nn.attention.flex_attention import AuxRequest
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if softcap is not None:
@@ -93,19 +97,38 @@ def flex(
             return torch.where(mask[row, 0, t, s], score, float("-inf"))
         return torch.where(t >= s, score, float("-inf")) if is_causal else score
 
-    out_BHTD, aux = _flex_attention()(
-        q_BTHD.transpose(1, 2),
-        k_BSKD.transpose(1, 2),
-        v_BSKD.transpose(1, 2),
-        score_mod=score_mod,
-        scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
-        return_aux=AuxRequest(lse=True),
+    out_BHTD, lse_BHT = fused_flex(
+        q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), score_mod, scale
     )
     if sinks_H is not None:
-        share_BHT = torch.sigmoid(aux.lse - sinks_H.float()[:, None])
+        share_BHT = torch.sigmoid(lse_BHT - sinks_H.float()[:, None])
         out_BHTD = out_BHTD * share_BHT[..., None].to(out_BHTD.dtype)
     return out_BHTD.transpose(1, 2)
+
+
+def fused_flex(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    score_mod: Callable[..., Tensor],
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """torch's FlexAttention: [B, H, T, D], and the log-sum-exp of scores [B, H, T], float32."""
+    if has_torch_function((q_BHTD, k_BKSD, v_BKSD)):  # as in torch's own functions
+        arguments = (q_BHTD, k_BKSD, v_BKSD, score_mod, scale)
+        return handle_torch_function(fused_flex, arguments[:3], *arguments)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out_BHTD, aux = _flex_attention()(
+        q_BHTD,
+        k_BKSD,
+        v_BKSD,
+        score_mod=score_mod,
+        scale=scale,
+        enable_gqa=q_BHTD.shape[1] != k_BKSD.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return out_BHTD, aux.lse
 
 
 def varlen(

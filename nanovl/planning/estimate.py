@@ -94,8 +94,8 @@ class Plan:
         return self.flops / (self.times.step * self.asked.world_size * self.gpu.flops)
 
 
-def question(job: Job, world_size: int) -> PlannedJob:
-    """`job` as the trainer would complete it on GPUs. Raises ConfigError for what the trainer would refuse."""
+def question(job: Job, world_size: int, gpu: Gpu) -> PlannedJob:
+    """`job` as the trainer would complete it on `gpu`s. Raises ConfigError for what the trainer would refuse."""
     check_parallelism(job, world_size, CUDA)
     vocab_size = (
         load_tokenizer(Path(job.tokenizer.path)).vocab_size
@@ -109,7 +109,7 @@ def question(job: Job, world_size: int) -> PlannedJob:
         CUDA, spec.config.hidden_size, training.steps, training.mixed_precision_param, job.compile.enable
     )
     chunk = training.loss_chunk_tokens or loss_chunk_tokens(CUDA, spec.config.vocab_size)
-    return PlannedJob(job, spec, rules, modes, world_size, chunk)
+    return PlannedJob(job, spec, rules, modes, world_size, chunk, capability=gpu.capability)
 
 
 def plan(asked: PlannedJob, gpu: Gpu, mfu_ceiling: float, gpus_per_node: int) -> Plan:

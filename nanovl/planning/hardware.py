@@ -22,6 +22,8 @@ class Gpu:
     """One GPU and how it reaches others; rates a second, links in one direction."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability, by which torch chooses kernels."""
     flops: float
     """Dense bfloat16."""
     memory_gib: float
@@ -33,8 +35,12 @@ class Gpu:
     """Bytes to other nodes, its share of the node's network."""
 
 
-def _gpu(name: str, memory_gib: float, memory_tb: float, link_gb: float, network_gb: float) -> Gpu:
-    return Gpu(name, PEAK_FLOPS[name], memory_gib, memory_tb * 1e12, link_gb * 1e9, network_gb * 1e9)
+def _gpu(
+    name: str, capability: str, memory_gib: float, memory_tb: float, link_gb: float, network_gb: float
+) -> Gpu:
+    major, minor = map(int, capability.split("."))
+    rates = (memory_tb * 1e12, link_gb * 1e9, network_gb * 1e9)
+    return Gpu(name, (major, minor), PEAK_FLOPS[name], memory_gib, *rates)
 
 
 # data sheets of the GPUs, half of NVLink's rate of both directions; network of the vendor's node of 8: DGX H100, H200
@@ -42,17 +48,17 @@ def _gpu(name: str, memory_gib: float, memory_tb: float, link_gb: float, network
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("NVIDIA H100 80GB HBM3", 80, 3.35, 450, 50),
-        _gpu("NVIDIA H100 PCIe", 80, 2.0, 64, 25),
-        _gpu("NVIDIA H200", 141, 4.8, 450, 50),
-        _gpu("NVIDIA H200 NVL", 141, 4.8, 450, 25),
-        _gpu("NVIDIA B200", 180, 8.0, 900, 50),
-        _gpu("NVIDIA A100-SXM4-40GB", 40, 1.555, 300, 25),
-        _gpu("NVIDIA A100-SXM4-80GB", 80, 2.039, 300, 25),
-        _gpu("NVIDIA A100 80GB PCIe", 80, 1.935, 32, 25),
-        _gpu("NVIDIA L40S", 48, 0.864, 32, 25),
-        _gpu("NVIDIA GeForce RTX 4090", 24, 1.008, 32, 25),
-        _gpu("NVIDIA GeForce RTX 5090", 32, 1.792, 64, 25),
+        _gpu("NVIDIA H100 80GB HBM3", "9.0", 80, 3.35, 450, 50),
+        _gpu("NVIDIA H100 PCIe", "9.0", 80, 2.0, 64, 25),
+        _gpu("NVIDIA H200", "9.0", 141, 4.8, 450, 50),
+        _gpu("NVIDIA H200 NVL", "9.0", 141, 4.8, 450, 25),
+        _gpu("NVIDIA B200", "10.0", 180, 8.0, 900, 50),
+        _gpu("NVIDIA A100-SXM4-40GB", "8.0", 40, 1.555, 300, 25),
+        _gpu("NVIDIA A100-SXM4-80GB", "8.0", 80, 2.039, 300, 25),
+        _gpu("NVIDIA A100 80GB PCIe", "8.0", 80, 1.935, 32, 25),
+        _gpu("NVIDIA L40S", "8.9", 48, 0.864, 32, 25),
+        _gpu("NVIDIA GeForce RTX 4090", "8.9", 24, 1.008, 32, 25),
+        _gpu("NVIDIA GeForce RTX 5090", "12.0", 32, 1.792, 64, 25),
     )
 }
 

@@ -148,16 +148,21 @@ class Ledger(TorchDispatchMode):
 
 def _is_beyond_fake(func: Any, args: Any) -> bool:
     """What fake tensors of torch 2.13 do not know: a grouped product of anything but bfloat16, whose shape they refuse
-    to tell, and the fused AdamW, which they take for one that makes new tensors."""
+    to tell; the fused AdamW, which they take for one that makes new tensors; and how much is not zero."""
     if func is torch.ops.aten._grouped_mm.default:
         return isinstance(args[0], FakeTensor) and args[0].dtype != torch.bfloat16
+    if func is torch.ops.aten.nonzero.default:
+        return isinstance(args[0], FakeTensor)
     return func is torch.ops.aten._fused_adamw_.default and isinstance(args[0][0], FakeTensor)
 
 
 def _fake(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Rows times matrices give rows; rows times rows give matrices, one for each group. AdamW works in place."""
+    """Rows times matrices give rows; rows times rows give matrices, one for each group. AdamW works in place. One thing
+    is not zero: asked for are the first tokens of documents, and a plan has one."""
     if func is torch.ops.aten._fused_adamw_.default:
         return None
+    if func is torch.ops.aten.nonzero.default:
+        return args[0].new_empty((1, args[0].ndim), dtype=torch.int64)
     a, b = args[:2]
     ends = args[2] if len(args) > 2 else kwargs["offs"]
     return a.new_empty((a.shape[0], b.shape[2]) if b.ndim == 3 else (len(ends), a.shape[0], b.shape[1]))

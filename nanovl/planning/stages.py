@@ -13,10 +13,8 @@ from torch import Tensor
 from nanovl.config.schema import Job
 from nanovl.device import Modes
 from nanovl.mesh import Mesh
-from nanovl.models.blocks.attention import AttentionCore, MetaBuilder
 from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.blocks.sparse_core import index_losses
-from nanovl.models.decoder import attention_layers
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms import pipeline_split
 from nanovl.parallelisms.apply import cut_part
@@ -24,6 +22,7 @@ from nanovl.parallelisms.expert_dispatch import ExpertDispatch, plan_trip
 from nanovl.parallelisms.init import materialize
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.parallelisms.pipeline_schedule import Action
+from nanovl.planning.attention import Capability, attend_as_on
 from nanovl.planning.ledger import Traffic
 from nanovl.planning.rehearsal import Rehearsed, rehearse
 from nanovl.spec import Batch, Model, ModelSpec, Stream, expert_layers, run_batch
@@ -44,6 +43,8 @@ class PlannedJob:
     chunk_tokens: int
     offloaded: bool = False
     """Parameters, gradients and optimizer state are in host memory."""
+    capability: Capability | None = None
+    """Of the GPU whose attention is booked; None = this CPU's."""
 
     def rows_at_once(self, mesh: Mesh) -> int:
         """Rows of a micro-batch."""
@@ -60,17 +61,15 @@ def meta_model(asked: PlannedJob) -> Model:
 
 
 def cut_alike(asked: PlannedJob, mesh: Mesh) -> list[Model]:
-    """The same stages without FSDP, whose parameters alone have the dtype in which they compute. Attention that needs a
-    GPU is booked as another kernel."""
+    """The same stages without FSDP, whose parameters alone have the dtype in which they compute."""
     model = meta_model(asked)
-    for core in (m for m in model.modules() if isinstance(m, AttentionCore)):
-        core.scores = core.scores.uncompiled
-    model.meta = MetaBuilder(attention_layers(model))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(asked.modes.param_dtype)
     parts, _ = pipeline_split.split(model, asked.job, mesh)
     for part in parts:
         cut_part(part, asked.job, mesh)
+        if asked.capability is not None:
+            attend_as_on(asked.capability, part, deterministic=asked.job.debug.deterministic)
     return parts
 
 
