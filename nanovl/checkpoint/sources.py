@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from nanovl.checkpoint.front_matter import read_facts
 from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory
 from nanovl.checkpoint.manager import committed, load_weights, read_meta
 from nanovl.checkpoint.safetensors_files import SINGLE, SafetensorsFolder
@@ -144,6 +145,10 @@ class HuggingFace(Source):
         except (OSError, ValueError):
             return None
         return cls(path) if isinstance(said, dict) and "architectures" in said else None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return read_facts(self.path)
 
     @cached_property
     def stored(self) -> Tensors:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanovl.checkpoint.front_matter import CARD_FILE
 from nanovl.checkpoint.hf import config_of, under_their_names
 from nanovl.checkpoint.safetensors_files import write_safetensors
 from nanovl.checkpoint.tensors import Tensors
 from nanovl.conversion.card import model_card
 from nanovl.conversion.target import Model, Target
 from nanovl.tokenizer.bpe import AnyTokenizer, Tokenizer
-from nanovl.tokenizer.files import CONFIG_FILE
+from nanovl.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from nanovl.tokenizer.template import CHAT_TEMPLATE, TEMPLATE_FILE
 
 GENERATION_FILE = "generation_config.json"
@@ -37,8 +38,15 @@ class HuggingFaceTarget(Target):
         generation = json.loads((folder / GENERATION_FILE).read_text(encoding="utf-8"))
         ids = {key: generation[key] for key in IDS if key in generation}
         _write_json(folder / "config.json", {**config_of(model.spec, model.weights), **ids})
-        (folder / "README.md").write_text(model_card(model, final.name), encoding="utf-8")
+        card = model_card(model, final.name, bos_first=_puts_bos_first(folder, model.tokenizer))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_safetensors(folder, tensors, model.shard_bytes, {})
+
+
+def _puts_bos_first(folder: Path, tokenizer: AnyTokenizer) -> bool:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode("").ids == [tokenizer.bos_id]
 
 
 def _generation(tokenizer: AnyTokenizer, folder: Path) -> dict[str, Any]:

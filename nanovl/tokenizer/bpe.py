@@ -83,6 +83,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|bos|>",
+            "eos_token": "<|assistant_end|>",  # of a chat; a document ends where the next begins
             "clean_up_tokenization_spaces": False,
         }
         files = {TOKENIZER_FILE: _tokenizer_json(self.merges), CONFIG_FILE: config}
@@ -187,7 +188,7 @@ def _tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": name, **flags} for i, name in specials],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
+        "post_processor": _bos_first(len(ranks)),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -201,6 +202,18 @@ def _tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, Any]:
             "vocab": {chars_of(token): rank for token, rank in ranks.items()},
             "merges": [[chars_of(left), chars_of(right)] for left, right in merges],
         },
+    }
+
+
+def _bos_first(bos_id: int) -> dict[str, Any]:
+    """What the library does to whole texts, as our engine does; not to chats, whose template has `<|bos|>` itself."""
+    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    single, other = [bos, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, bos, other],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [bos_id], "tokens": ["<|bos|>"]}},
     }
 
 

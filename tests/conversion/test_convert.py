@@ -107,6 +107,8 @@ def test_what_transformers_finds_beside_the_weights(experts_directory: Path, tmp
     card = (tmp_path / "hf" / "README.md").read_text()
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in card
     assert "Licence: not stated." in card
+    assert "nanovl begins a text with `<|bos|>`, and so does this tokenizer" in card
+    assert tokenizer.encode("hi") == ours.encode("hi", bos=True)
     turns = [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "2+2?"},
@@ -141,7 +143,8 @@ def test_what_transformers_finds_beside_the_weights(experts_directory: Path, tmp
 def test_files_of_another_tokenizer_travel(experts_directory: Path, tmp_path: Path) -> None:
     source = shutil.copytree(experts_directory, tmp_path / "theirs")
     file = source / "tokenizer.json"
-    file.write_text(file.read_text().replace(r"\\p{N}{1,2}", r"\\p{N}{1,3}"))  # no longer ours
+    text = file.read_text().replace(r"\\p{N}{1,2}", r"\\p{N}{1,3}")  # no longer ours
+    file.write_text(json.dumps({**json.loads(text), "post_processor": None}))
     said = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**said, "eos_token": "<|user_end|>"}))
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -149,6 +152,7 @@ def test_files_of_another_tokenizer_travel(experts_directory: Path, tmp_path: Pa
     nanovl.convert(source, tmp_path / "run", to="run")
     nanovl.convert(tmp_path / "run", tmp_path / "hf", to="hf")
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert "tokenizer.json does not put it there by itself" in (tmp_path / "hf" / "README.md").read_text()
     end = Tokenizer([]).special_ids["<|user_end|>"]
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == end
     (source / "generation_config.json").write_text('{"eos_token_id": [3, 4], "top_k": 7}')

@@ -108,7 +108,7 @@ def test_convert_there_and_back(run: Path, tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = load(run, device="cpu")
-    ids = ours.tokenizer.encode("def main():")
+    ids = ours.tokenizer.encode("def main():", bos=True)
     assert tokenizer("def main():")["input_ids"] == ids
     assert (ours.model(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 2e-5
     done = nanovl("convert", str(tmp_path / "hf"), "--to", "run", "--out", str(tmp_path / "back"))

@@ -42,7 +42,7 @@ def test_ids_equal_the_tokenizers_library_and_decode_to_the_text(
     tokenizer: Tokenizer, library: tokenizers.Tokenizer, text: str
 ) -> None:
     ids = tokenizer.encode(text)
-    assert ids == library.encode(text).ids
+    assert [tokenizer.bos_id, *ids] == library.encode(text).ids
     assert tokenizer.decode(ids) == text == library.decode(ids)
     assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
 
@@ -50,7 +50,9 @@ def test_ids_equal_the_tokenizers_library_and_decode_to_the_text(
 def test_real_text_encodes_as_in_the_library(
     tokenizer: Tokenizer, library: tokenizers.Tokenizer, corpus: list[str]
 ) -> None:
-    assert [tokenizer.encode(text) for text in corpus] == [library.encode(text).ids for text in corpus]
+    assert [tokenizer.encode(text, bos=True) for text in corpus] == [
+        library.encode(text).ids for text in corpus
+    ]
 
 
 def test_every_character_is_classed_as_in_the_library(tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_every_character_is_classed_as_in_the_library(tmp_path: Path) -> None:
     for start in range(0, len(codes), 4096):
         text = "".join(f"a{chr(c)}1{chr(c)}!{chr(c)}" for c in codes[start : start + 4096])
         ids = probe.encode(text)
-        assert ids == library.encode(text).ids
+        assert ids == library.encode(text, add_special_tokens=False).ids
         joined += sum(i >= 256 for i in ids)
     assert len(codes) < joined < 3 * len(codes)
 
@@ -72,7 +74,7 @@ def test_every_character_is_classed_as_in_the_library(tmp_path: Path) -> None:
 @given(text=texts)
 @same_fixtures
 def test_ids_equal_transformers(tokenizer: Tokenizer, auto: AutoTokenizer, text: str) -> None:
-    assert auto.encode(text, split_special_tokens=True) == tokenizer.encode(text)
+    assert auto.encode(text, split_special_tokens=True) == tokenizer.encode(text, bos=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +87,12 @@ def test_transformers_knows_the_vocabulary_and_the_special_tokens(
 ) -> None:
     assert len(auto) == tokenizer.vocab_size == 1024
     assert (auto.bos_token, auto.bos_token_id) == ("<|bos|>", tokenizer.bos_id)
+    assert (auto.eos_token, auto.pad_token) == ("<|assistant_end|>", None)
     ids = [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.special_ids["<|user_end|>"]]
     assert auto.decode(ids) == tokenizer.decode(ids) == "<|bos|>hi<|user_end|>"
     assert auto.decode(ids, skip_special_tokens=True) == "hi"
     assert (
-        auto.encode("<|bos|>hi<|user_end|>") == ids
+        auto.encode("<|bos|>hi<|user_end|>", add_special_tokens=False) == ids
     )  # transformers reads them, for chat templates; we never do
 
 
@@ -100,7 +103,9 @@ def test_transformers_keeps_the_file_beside_a_model_of_any_type(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     text = "Hello  world 12345\n\n\t'S 漢字 🤖"
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == tokenizer.encode(text)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.encode(text) == tokenizer.encode(text, bos=True)
+    assert found.encode(text, text) == 2 * tokenizer.encode(text, bos=True)
 
 
 def test_what_transformers_saves_again_is_still_ours(
