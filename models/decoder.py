@@ -108,6 +108,10 @@ class DecoderConfig:
         """One template a layer."""
         return [self.blocks[name] for name in self.layer_names()]
 
+    def mtp_block(self) -> str:
+        """The template of layers that predict ahead, where there are any."""
+        return (self.mtp.block if self.mtp else None) or self.layer_names()[-1]
+
     def validate(self) -> None:
         """Raises ConfigError with everything that does not fit together."""
         wrong = []
@@ -231,7 +235,7 @@ class Decoder(Model):
 
 def _mtp_modules(config: DecoderConfig, mtp: MtpConfig) -> nn.ModuleDict:
     """One a depth, numbered on from the layers, as in DeepSeek's checkpoints."""
-    template = config.blocks[mtp.block or config.layer_names()[-1]]
+    template = config.blocks[config.mtp_block()]
     size, norm, first = config.hidden_size, config.norm, config.num_hidden_layers
     return nn.ModuleDict(
         {

@@ -27,7 +27,7 @@ OPTIONS = {
 }
 WIDTH = 96
 TIE = "\N{NO-BREAK SPACE}"
-LAYOUT = ("blocks", "pattern", "prefix", "suffix")
+LAYOUT = ("blocks", "pattern", "prefix", "suffix", "mtp")
 """Fields of a config that the list of layers says."""
 
 
@@ -170,6 +170,7 @@ def as_numbers(found: Anatomy) -> dict[str, Any]:
         "flavor": spec.flavor,
         "summary": spec.family.summary,
         "architecture": None if spec.family.hf is None else spec.family.hf.architecture,
+        "cannot_be_written": _cannot_be_written(spec),
         "parameters": {
             "total": found.parameters,
             "active": found.active,
@@ -194,11 +195,10 @@ def as_numbers(found: Anatomy) -> dict[str, Any]:
 def as_text(found: Anatomy) -> list[str]:
     """The same for a terminal."""
     spec = found.spec
-    known = "" if spec.family.hf is None else f"transformers: {spec.family.hf.architecture}"
     name = f"{spec.family.name}:{spec.flavor}  "
-    lines = [name + _wrapped(spec.family.summary, len(name)), *([f"  {known}"] if known else [])]
     return [
-        *lines,
+        name + _wrapped(spec.family.summary, len(name)),
+        *_known(spec),
         "",
         table(["parameters", "total", "active"], _parameter_rows(found)),
         "",
@@ -208,6 +208,25 @@ def as_text(found: Anatomy) -> list[str]:
         "",
         *_costs(found),
     ]
+
+
+def _known(spec: ModelSpec) -> list[str]:
+    """The class of transformers, and what it would not compute."""
+    if spec.family.hf is None:
+        return []
+    line, wrong = f"  transformers: {spec.family.hf.architecture}", _cannot_be_written(spec)
+    return [line, *(f"    not as changed: {_wrapped(one, 20)}" for one in wrong)]
+
+
+def _cannot_be_written(spec: ModelSpec) -> list[str]:
+    """Why transformers' class is not what this model computes; nothing where it is, or where there is none."""
+    if spec.family.hf is None:
+        return []
+    try:
+        spec.family.hf.config_to_hf(spec.config)
+    except ConfigError as error:
+        return error.mistakes
+    return []
 
 
 def _parameter_rows(found: Anatomy) -> list[list[object]]:
@@ -229,7 +248,8 @@ def _layers(spec: ModelSpec) -> list[str]:
     config = spec.config
     names = config.layer_names()
     lines = [f"  layers  {_wrapped(compact(names), 10)}"]
-    for name in dict.fromkeys(names):
+    mtp = getattr(config, "mtp", None)
+    for name in dict.fromkeys([*names, *([config.mtp_block()] if mtp else [])]):
         lines.append(f"  {name}")
         block = config.blocks[name]
         lines += [
@@ -237,6 +257,9 @@ def _layers(spec: ModelSpec) -> list[str]:
         ]
         rest = _settings(block, leave_out=("mixer", "ffn"))
         lines += [f"    {_wrapped(rest, 4)}"] if rest else []
+    if mtp:
+        given = {"hidden": mtp.hidden, "loss_weight": mtp.loss_weight}
+        lines.append(f"  mtp     {mtp.num_layers} x {config.mtp_block()}: {_wrapped(_said(given), 10)}")
     whole = {"hidden_size": config.hidden_size}
     lines.append(f"  model   {_wrapped(_settings(config, whole, leave_out=LAYOUT), 10)}")
     return lines
@@ -248,9 +271,13 @@ def _settings(config: Any, first: dict[str, Any] | None = None, leave_out: Seque
 
     found = {key: value for key, value, differs in settings(config) if differs}
     kept = {key: value for key, value in found.items() if key.partition(".")[0] not in leave_out}
-    said = ", ".join(_whole(f"{key} = {_value(value)}") for key, value in {**(first or {}), **kept}.items())
+    said = _said({**(first or {}), **kept})
     kind = getattr(config, "kind", "")
     return f"{kind}: {said}" if kind else said
+
+
+def _said(values: dict[str, Any]) -> str:
+    return ", ".join(_whole(f"{key} = {_value(value)}") for key, value in values.items())
 
 
 def _value(value: object) -> str:

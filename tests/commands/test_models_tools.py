@@ -131,6 +131,21 @@ def test_settings_are_laid_over_a_name(capsys: pytest.CaptureFixture[str]) -> No
     assert "sliding_window = 5" in capsys.readouterr().out
 
 
+def test_modules_ahead_and_what_transformers_lacks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model.mtp.num_layers=1", "--model.mtp.loss_weight=0.1"]
+    assert numbers(capsys, "qwen3_next:debug", *flags)["cannot_be_written"] == []
+    assert models(["show", "qwen3_next:debug", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "\n  mtp     1 x full: hidden = post_norm, loss_weight = 0.1\n" in text
+    assert "not as changed" not in text
+    assert models(["show", "qwen3_next:debug", *flags, "--model.mtp.block=linear"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  mtp     1 x linear: " in text
+    assert (
+        "  transformers: Qwen3NextForCausalLM\n    not as changed: model.mtp.block = 'linear': cannot" in text
+    )
+
+
 def test_a_job_brings_its_vocabulary_and_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     group = [f"--optimizer.groups.{key}" for key in ("0.match=.*_proj.weight", "0.kind=muon", "1.match=.*")]
     found = numbers(capsys, *CONFIG, *group)
