@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,7 @@ def own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where these tests run in a shell's background
 
 
 def test_a_terminal_streams_and_obeys_ctrl_c_and_ctrl_d(directory: Path) -> None:
