@@ -74,10 +74,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) ->
 MESHES = [
     # ranks, copies, rows at once: 8 rows a step, so 1 rank x 2 rows accumulates over 4 micro-batches
     (1, 1, 2),
-    (2, 1, 4),
+    pytest.param(2, 1, 4, marks=pytest.mark.slow),
     (2, 1, 2),
-    (2, 2, 4),
-    (4, 1, 2),
+    pytest.param(2, 2, 4, marks=pytest.mark.slow),
+    pytest.param(4, 1, 2, marks=pytest.mark.slow),
     (4, 2, 1),
 ]
 

@@ -179,7 +179,11 @@ def test_help_is_fast_and_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_job_trains_three_steps(path: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
-    small = {"nanochat_d12": ["--model.depth=4"], "qwen3_0.6b": ["--model.num_hidden_layers=2"]}
+    narrow = ["--model.hidden_size=128", "--model.blocks.full.ffn.intermediate_size=256"]
+    small = {
+        "nanochat_d12": ["--model.depth=4"],
+        "qwen3_0.6b": ["--model.num_hidden_layers=2", *narrow],
+    }
     overlay = "configs/overlays/smoke.toml"
     flags = [
         f"--job.run_dir={tmp_path / 'run'}",
