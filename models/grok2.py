@@ -5,27 +5,34 @@ width that every token takes, their sum over sqrt(2); all are gated by GELU; exp
 them, not over those chosen; scores of attention, router and vocabulary are softly capped; past 1024 tokens the capped
 scores of attention grow with the logarithm of the query's place; embeddings times sqrt(hidden), logits times 1/2.
 
-There is no class of transformers to compare with, and its files are cut for 8 tensor ranks, the same names in several
-of them. So there is no key map: they are refused, and nothing is written in their format. What is known comes from the
-code that serves it (sglang's grok.py) and from copies of its config.json; tests compare with a second implementation of
-that.
+There is no class of transformers to compare with, and nothing is written in its format. Its files are read: experts are
+cut by their width for 8 tensor ranks (w1, gate, and w3, up, in rows; w2, down, in columns), all else is whole. Names
+and cuts are those of the code that reads them, sglang's grok.py and llama.cpp's converter; config.json is known from
+copies; tests compare with a second implementation. Its tokenizer has a format of its own: a tokenizer.json has to be
+put beside the weights.
 
 Unverified, for want of the released files:
+ - all of the above;
  - the rotation. Copies say rope_type = "original", which sglang computes without any stretching although scaling_factor
-   = 16 and original_max_position_embeddings = 8192 stand beside it;
+   = 16 and original_max_position_embeddings = 8192 stand beside it, and so does this; llama.cpp takes it for YaRN;
  - which GELU experts have. Here it is the one by tanh everywhere; sglang asks its kernel of experts for "gelu".
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
-from nanovl.spec import ModelFamily
+from nanovl.models.hf_config import expect
+from nanovl.models.hf_keys import ATTENTION, GATED, decoder_rules, one_rule_an_expert
+from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
 
 def grok2(
@@ -98,6 +105,68 @@ FLAVORS = {
 }
 
 
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a config.json. Raises ConfigError for what is not computed here."""
+    expect(
+        hf,
+        "grok2",
+        embedding_multiplier_scale=hf["hidden_size"] ** 0.5,
+        output_multiplier_scale=0.5,
+        attn_logit_softcapping=30.0,
+        router_logit_softcapping=30.0,
+        final_logit_softcapping=50.0,
+        residual_moe=True,
+        rope_type="original",
+        sliding_window_size=-1,
+        global_attn_every_n=1,
+    )
+    return grok2(
+        layers=hf["num_hidden_layers"],
+        hidden=hf["hidden_size"],
+        ffn=hf["intermediate_size"],
+        expert_ffn=hf["moe_intermediate_size"],
+        heads=hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=hf["head_dim"],
+        experts=hf["num_local_experts"],
+        active=hf["num_experts_per_tok"],
+        vocab=hf["vocab_size"],
+        theta=hf["rope_theta"],
+        temperature_len=hf["attn_temperature_len"],
+        eps=hf["rms_norm_eps"],
+        context=hf["max_position_embeddings"],
+    )
+
+
+LAYER = {
+    **ATTENTION,
+    "block_sparse_moe.gate.weight": "ffn.router.weight",
+    **{f"mlp.{name}.weight": f"ffn.shared_expert.{name}.weight" for name in GATED},
+}
+NORMS = {
+    "pre_attn_norm": "mixer_pre_norm",
+    "post_attn_norm": "mixer_post_norm",
+    "pre_moe_norm": "ffn_pre_norm",
+    "post_moe_norm": "ffn_post_norm",
+}
+
+
+def key_rules(config: DecoderConfig) -> list[KeyRule | KeyGroup]:
+    """The key map."""
+    ffn = config.blocks["full"].ffn
+    assert isinstance(ffn, MoeConfig)
+    return [
+        *decoder_rules(config, LAYER, NORMS),
+        *one_rule_an_expert(ffn.num_experts, "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    ]
+
+
+def cut_dim(name: str) -> int | None:
+    """The dimension in which the files of 8 tensor ranks hold slices of tensor `name`."""
+    match = re.fullmatch(r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.(w[123])\.weight", name)
+    return {"w1": 0, "w2": 1, "w3": 0}[match[1]] if match else None
+
+
 FAMILY = ModelFamily(
     name="grok2",
     summary="Grok-2: 2 of 8 experts beside a shared MLP, capped scores that grow with the context, sandwich norms",
@@ -105,4 +174,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
+    hf=HuggingFaceSpec("Grok1ForCausalLM", config_from_hf, None, key_rules, cut_dim=cut_dim),
 )

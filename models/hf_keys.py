@@ -68,13 +68,19 @@ THEIR_LAYER, LAYER = "model.layers.{i}.", "layers.{i}."
 """Where the tensors of a layer stand, there and here."""
 
 
-def decoder_rules(config: DecoderConfig, layer: Mapping[str, str] = {**ATTENTION, **MLP}) -> list[KeyRule]:
-    """The key map of a decoder whose layers hold the tensors of `layer`, theirs to ours, and norms as `config` says."""
-    placements = {block.norm_placement for block in config.layers()}
-    norms = {f"{a}.weight": f"{b}.weight" for kind in placements for a, b in NORMS[kind].items()}
+def decoder_rules(
+    config: DecoderConfig,
+    layer: Mapping[str, str] = {**ATTENTION, **MLP},
+    norms: Mapping[str, str] | None = None,
+) -> list[KeyRule]:
+    """The key map of a decoder whose layers hold the tensors of `layer`, theirs to ours, and `norms`, or those that
+    `config` says."""
+    if norms is None:
+        norms = {a: b for block in config.layers() for a, b in NORMS[block.norm_placement].items()}
+    every = {**{f"{a}.weight": f"{b}.weight" for a, b in norms.items()}, **layer}
     return [
         KeyRule("model.embed_tokens.weight", "embed_tokens.weight"),
-        *(KeyRule(f"model.layers.{{i}}.{a}", f"layers.{{i}}.{b}") for a, b in {**norms, **layer}.items()),
+        *(KeyRule(f"model.layers.{{i}}.{a}", f"layers.{{i}}.{b}") for a, b in every.items()),
         KeyRule("model.norm.weight", "norm.weight"),
         KeyRule("lm_head.weight", "lm_head.weight"),
     ]
@@ -156,26 +162,35 @@ def _copied(rule: KeyRule, copies: Sequence[str]) -> KeyGroup:
     return KeyGroup((rule.theirs, *copies), (rule.ours,), lambda values: values[:1], every, mistakes)
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def one_rule_an_expert(experts: int, at: str = "mlp.experts", names: Sequence[str] = GATED) -> list[KeyGroup]:
+    """The key map of gated experts that are a tensor each: those of gate, up and down are called `names`."""
+    theirs = f"model.layers.{{i}}.{at}"
+    return [
+        KeyGroup(
+            tuple(f"{theirs}.{expert}.{name}.weight" for expert in range(experts)),
+            (f"layers.{{i}}.ffn.experts.{linear}",),
+            lambda values: [torch.stack([*values])],
+            lambda values: values[0].unbind(),
+        )
+        for linear, name in zip(GATED, names, strict=True)
+    ]
+
+
 def expert_rules(experts: int) -> list[KeyGroup]:
     """The key map of gated experts: one tensor an expert, as transformers writes them; read also stacked, gate and up
     in one, as it has them in memory."""
     theirs, ours = "model.layers.{i}.mlp.experts", "layers.{i}.ffn.experts"
-    one_each = [
-        KeyGroup(
-            tuple(f"{theirs}.{expert}.{linear}.weight" for expert in range(experts)),
-            (f"{ours}.{linear}",),
-            lambda values: [torch.stack([*values])],
-            lambda values: values[0].unbind(),
-        )
-        for linear in ("gate_proj", "up_proj", "down_proj")
-    ]
     stacked = KeyGroup(
         (f"{theirs}.gate_up_proj",),
         (f"{ours}.gate_proj", f"{ours}.up_proj"),
         lambda values: values[0].chunk(2, dim=1),
         lambda values: [torch.cat([*values], dim=1)],
     )
-    return [*one_each, stacked, KeyGroup((f"{theirs}.down_proj",), (f"{ours}.down_proj",), list, list)]
+    down = KeyGroup((f"{theirs}.down_proj",), (f"{ours}.down_proj",), list, list)
+    return [*one_rule_an_expert(experts), stacked, down]
 
 
 def latent_rules(mixer: MlaConfig) -> list[KeyRule]:

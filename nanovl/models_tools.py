@@ -90,9 +90,14 @@ def _family_numbers(one: ModelFamily, sizes: list[tuple[str, int, int]]) -> dict
     return {
         "family": one.name,
         "summary": one.summary,
-        "architecture": None if one.hf is None else one.hf.architecture,
+        "architecture": _architecture(one),
         "flavors": [{"flavor": f, "parameters": total, "active": active} for f, total, active in sizes],
     }
+
+
+def _architecture(one: ModelFamily) -> str | None:
+    """The class of transformers, where it has one."""
+    return None if one.hf is None or one.hf.config_to_hf is None else one.hf.architecture
 
 
 def _show(name: str, asked: JobFlags) -> None:
@@ -169,7 +174,7 @@ def as_numbers(found: Anatomy) -> dict[str, Any]:
         "family": spec.family.name,
         "flavor": spec.flavor,
         "summary": spec.family.summary,
-        "architecture": None if spec.family.hf is None else spec.family.hf.architecture,
+        "architecture": _architecture(spec.family),
         "cannot_be_written": _cannot_be_written(spec),
         "parameters": {
             "total": found.parameters,
@@ -212,15 +217,15 @@ def as_text(found: Anatomy) -> list[str]:
 
 def _known(spec: ModelSpec) -> list[str]:
     """The class of transformers, and what it would not compute."""
-    if spec.family.hf is None:
+    if (architecture := _architecture(spec.family)) is None:
         return []
-    line, wrong = f"  transformers: {spec.family.hf.architecture}", _cannot_be_written(spec)
+    line, wrong = f"  transformers: {architecture}", _cannot_be_written(spec)
     return [line, *(f"    not as changed: {_wrapped(one, 20)}" for one in wrong)]
 
 
 def _cannot_be_written(spec: ModelSpec) -> list[str]:
     """Why transformers' class is not what this model computes; nothing where it is, or where there is none."""
-    if spec.family.hf is None:
+    if spec.family.hf is None or spec.family.hf.config_to_hf is None:
         return []
     try:
         spec.family.hf.config_to_hf(spec.config)

@@ -126,13 +126,17 @@ class HuggingFaceSpec:
     architecture: str
     """Class name in config.json, such as `Qwen3ForCausalLM`."""
     config_from_hf: Callable[[Mapping[str, Any]], Any]
-    config_to_hf: Callable[[Any], dict[str, Any]]
+    config_to_hf: Callable[[Any], dict[str, Any]] | None
+    """None where files are only read, since transformers has no such class."""
     key_rules: Callable[[Any], Sequence[KeyRule | KeyGroup]]
     """The key map of one config; tied weights are listed once, under the name on disk."""
     model_type: str = ""
     """`model_type` in config.json, which tells families of one class apart; "" where the class has one family."""
     mtp: MtpFiles | None = None
     """None where checkpoints of the family have no modules of multi-token prediction."""
+    cut_dim: Callable[[str], int | None] | None = None
+    """Where files are cut for tensor ranks: (name of a tensor) -> dimension in which its slices follow each other, None
+    = it is whole. None where files are not cut."""
 
 
 @dataclass(frozen=True)

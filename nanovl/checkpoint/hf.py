@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovl.checkpoint.cut_files import CutFolder, is_cut
 from nanovl.checkpoint.float8 import dequantized
 from nanovl.checkpoint.key_map import KeyMap
 from nanovl.checkpoint.safetensors_files import SafetensorsFolder, write_safetensors
@@ -39,6 +40,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}/config.json: cannot be read: {error!r}") from None
 
 
+def stored_in(folder: Path, files: HuggingFaceSpec | None = None) -> Tensors:
+    """The tensors in `folder` under the names they have there; `files` = those of its family, if it is known.
+
+    Raises CheckpointError listing everything that is damaged.
+    """
+    cut_dim = (files or _config_of_directory(folder)[2]).cut_dim
+    return CutFolder(folder, cut_dim) if cut_dim and is_cut(folder) else SafetensorsFolder(folder)
+
+
 def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
     """The architecture that `folder`/config.json names; `stored` = the tensors there, if they were looked through.
 
@@ -48,7 +58,7 @@ def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
     try:
         if files.mtp is not None:
             # tensors alone know: transformers saves no modules, but their number; files of Qwen3-Next have one unsaid
-            modules = _modules(SafetensorsFolder(folder) if stored is None else stored, files.mtp, config)
+            modules = _modules(stored_in(folder, files) if stored is None else stored, files.mtp, config)
             config[files.mtp.depth] = len(set(modules.values()))
         return ModelSpec(found, files.config_from_hf(config))
     except KeyError as error:
@@ -93,9 +103,10 @@ def open_hf(folder: Path, spec: ModelSpec, stored: Tensors | None = None) -> Ren
 
     Raises CheckpointError listing every tensor that is unknown, missing or of another shape.
     """
-    rules = _hf(spec.family).key_rules(spec.config)
+    files = _hf(spec.family)
+    rules = files.key_rules(spec.config)
     try:
-        stored = dequantized(SafetensorsFolder(folder) if stored is None else stored, read_config(folder))
+        stored = dequantized(stored_in(folder, files) if stored is None else stored, read_config(folder))
         stored = _less_tied_copies(stored, KeyMap(rules), spec)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -143,8 +154,11 @@ def under_their_names(weights: Tensors, spec: ModelSpec) -> Renamed:
 
 def config_of(spec: ModelSpec, weights: Tensors) -> dict[str, Any]:
     """config.json of `weights`. Raises CheckpointError, and ConfigError where transformers' class differs."""
+    config_to_hf = _hf(spec.family).config_to_hf
+    if config_to_hf is None:
+        raise _no_class(spec.family)
     return {
-        **_hf(spec.family).config_to_hf(spec.config),
+        **config_to_hf(spec.config),
         "dtype": str(main_dtype(weights)).removeprefix("torch."),
     }
 
@@ -177,7 +191,11 @@ def kinds(spec: ModelSpec, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
 
 def _hf(found: ModelFamily) -> HuggingFaceSpec:
     if found.hf is None:
-        raise CheckpointError(
-            f"{found.name}: transformers has no such architecture, so there is no format to write"
-        )
+        raise _no_class(found)
     return found.hf
+
+
+def _no_class(found: ModelFamily) -> CheckpointError:
+    return CheckpointError(
+        f"{found.name}: transformers has no such architecture, so there is no format to write"
+    )

@@ -8,7 +8,7 @@ of each tensor, and the tensors end to end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,13 @@ class _Place:
 
 
 class SafetensorsFolder(Tensors):
-    """model.safetensors of a folder, or the shards that its index names, in the order of their files."""
+    """model.safetensors of a folder, the shards that its index names, or `files`, in the order of the files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         """Raises CheckpointError listing every file and tensor that is damaged, absent or there twice."""
         self.described: dict[str, Tensor] = {}
         self._places: dict[str, _Place] = {}
-        files, index = _files(folder)
+        files, index = _files(folder) if files is None else (files, {})
         wrong = []
         for file in files:
             try:
@@ -108,7 +108,7 @@ def write_safetensors(folder: Path, tensors: Tensors, shard_bytes: int, metadata
         (folder / INDEX).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def _files(folder: Path) -> tuple[Sequence[Path], dict[str, str]]:
     """The files with tensors, and the index's tensor -> file; none where there is a single file."""
     index = folder / INDEX
     if not index.is_file():

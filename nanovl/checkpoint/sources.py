@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nanovl.checkpoint.front_matter import read_facts
-from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory
+from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory, stored_in
 from nanovl.checkpoint.manager import committed, load_weights, read_meta
 from nanovl.checkpoint.safetensors_files import SINGLE, SafetensorsFolder
 from nanovl.checkpoint.state import StateFolder
@@ -153,7 +153,7 @@ class HuggingFace(Source):
     @cached_property
     def stored(self) -> Tensors:
         """The tensors as they lie there. Raises CheckpointError."""
-        return SafetensorsFolder(self.path)
+        return stored_in(self.path)
 
     @cached_property
     def spec(self) -> ModelSpec:

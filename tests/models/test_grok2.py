@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanovl.checkpoint.hf import spec_of_directory
+from nanovl.checkpoint.hf import load_hf_weights, save_hf, spec_of_directory
+from nanovl.checkpoint.tensors import named_weights
 from nanovl.errors import CheckpointError
 from nanovl.inference.engine import Engine
 from nanovl.models.decoder import Decoder
@@ -136,7 +139,120 @@ def test_greedy_tokens_through_the_cache() -> None:
         assert row[len(prompt) :] == completion.ids
 
 
-def test_released_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Grok1ForCausalLM"]}))
-    with pytest.raises(CheckpointError, match="Grok1ForCausalLM is none of"):
+def config_json() -> dict[str, Any]:
+    """In the words of copies of the released one."""
+    return {
+        "architectures": ["Grok1ForCausalLM"],
+        "embedding_multiplier_scale": HIDDEN**0.5,
+        "output_multiplier_scale": 0.5,
+        "vocab_size": 97,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "max_position_embeddings": 131072,
+        "num_experts_per_tok": 2,
+        "num_local_experts": EXPERTS,
+        "residual_moe": True,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": 2,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-05,
+        "final_logit_softcapping": 50,
+        "attn_logit_softcapping": 30.0,
+        "router_logit_softcapping": 30.0,
+        "rope_theta": THETA,
+        "attn_temperature_len": TEMPERATURE_LEN,
+        "sliding_window_size": -1,
+        "global_attn_every_n": 1,
+        "model_type": "git",
+        "torch_dtype": "bfloat16",
+        "rope_type": "original",
+        "original_max_position_embeddings": 8192,
+        "scaling_factor": 16.0,
+        "extrapolation_factor": 1.0,
+        "attn_factor": 1.0,
+        "beta_fast": 8,
+        "beta_slow": 1,
+    }
+
+
+THEIRS = {
+    "mixer_pre_norm": "pre_attn_norm",
+    "mixer_post_norm": "post_attn_norm",
+    "ffn_pre_norm": "pre_moe_norm",
+    "ffn_post_norm": "post_moe_norm",
+    "mixer": "self_attn",
+    "ffn.shared_expert": "mlp",
+    "ffn.router": "block_sparse_moe.gate",
+}
+CUT = {"gate_proj": ("w1", 0), "up_proj": ("w3", 0), "down_proj": ("w2", 1)}
+
+
+def write_cut(folder: Path, model: Decoder, ranks: int = 4) -> None:
+    """As released: experts cut for tensor ranks, in files of a rank, the rest in common ones."""
+    (folder / "config.json").write_text(json.dumps(config_json()))
+    common: dict[str, Tensor] = {}
+    cut: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, value in model.named_parameters():
+        if ".experts." in name:
+            theirs, dim = CUT[name.rpartition(".")[2]]
+            for e, expert in enumerate(value.detach()):
+                full = f"model.layers.{name.split('.')[1]}.block_sparse_moe.experts.{e}.{theirs}.weight"
+                for held, part in zip(cut, expert.chunk(ranks, dim), strict=True):
+                    held[full] = part.contiguous()
+            continue
+        full = name if name.startswith("lm_head") else f"model.{name}"
+        for ours, theirs in THEIRS.items():
+            full = full.replace(f".{ours}.", f".{theirs}.")
+        common[full] = value.detach()
+    half = sorted(common)[: len(common) // 2]
+    for number, some in enumerate((half, sorted(common.keys() - set(half)))):
+        file = folder / f"pytorch_model-0000{number}-TP-common.safetensors"
+        save_file({key: common[key] for key in some}, file)
+    for rank, held in enumerate(cut):
+        save_file(held, folder / f"pytorch_model-00002-TP-{rank:03d}.safetensors")
+
+
+def test_files_cut_for_ranks_are_read(tmp_path: Path) -> None:
+    model = model_of(0)
+    write_cut(tmp_path, model)
+    spec = spec_of_directory(tmp_path)
+    assert (spec.family.name, spec.config) == ("grok2", model.config)
+    found = spec.family.model(spec.config)
+    load_hf_weights(tmp_path, found, spec)
+    wanted = dict(model.named_parameters())
+    for name, value in found.named_parameters():
+        assert torch.equal(value, wanted[name]), name
+    with pytest.raises(CheckpointError, match="grok2: transformers has no such architecture, so there is no"):
+        save_hf(tmp_path / "out", named_weights(found), spec, torch.float32)
+
+
+def test_what_is_wrong_with_cut_files_is_listed(tmp_path: Path) -> None:
+    write_cut(tmp_path, model_of(0))
+    file = tmp_path / "pytorch_model-00002-TP-001.safetensors"
+    held = load_file(file)
+    expert = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    held[expert.format(0)] = torch.zeros(HIDDEN, 7)
+    del held[expert.format(1)]
+    held["model.norm.weight"] = torch.zeros(HIDDEN)
+    save_file(held, file)
+    (tmp_path / "pytorch_model-00002-TP-003.safetensors").rename(tmp_path / "m-TP-005.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_hf_weights(tmp_path, model_of(0), spec_of_directory(tmp_path))
+    assert str(error.value).splitlines()[1:] == [
+        "  there are files of ranks 000, 001, 002, 005, and not of 000, 001, 002, 003",
+        f"  {expert.format(0)} is (32, 6), (32, 7), (32, 6), (32, 6) on the ranks, which wants equal slices",
+        f"  {expert.format(1)} is (32, 6), missing, (32, 6), (32, 6) on the ranks, which wants equal slices",
+        "  model.norm.weight is in files of ranks and in common ones",
+        "  model.norm.weight is in files of ranks, and how it is cut is not known",
+        "  model.norm.weight is missing, (32,), missing, missing on the ranks, which wants equal slices",
+    ]
+
+
+def test_another_rotation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**config_json(), "rope_type": "yarn"}))
+    with pytest.raises(
+        CheckpointError, match=r"rope_type = 'yarn' in config\.json: grok2 here computes 'original'"
+    ):
         spec_of_directory(tmp_path)
