@@ -67,6 +67,14 @@ class HfFamily:
     """Name of the config class where it is not that of the family and Config."""
     says: dict[str, Any] = field(default_factory=dict)
     """What released files have in config.json and transformers does not write."""
+    limit: float = 2e-5
+    """Largest distance of a logit."""
+    length: int = TOKENS
+    """Of rows that are compared."""
+    documents: tuple[int, ...] = (28, 12)
+    """Lengths of those that are packed into one row."""
+    packed_limit: float = 1e-5
+    """Largest distance of a logit between packed and separate ones."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,7 @@ def assert_same_greedy_tokens(of: Pair, seed: int, *, prompt: int = 12, **engine
     assert [c.ids for c in completions] == expected.tolist()
 
 
-def assert_packed_equals_separate(
-    of: Pair, seed: int, *, lengths: tuple[int, ...] = (28, 12), limit: float = 1e-5
-) -> None:
+def assert_packed_equals_separate(of: Pair, seed: int, *, lengths: tuple[int, ...], limit: float) -> None:
     """Documents in one row do not see each other."""
     tokens = random_tokens(seed + 1, sum(lengths), rows=1)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
