@@ -61,6 +61,11 @@ def out(text: str = "", end: str = "\n") -> None:
     print(text, end=end, flush=True)
 
 
+def aside(text: str) -> None:
+    """Text to stderr for who waits: no part of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def err(text: str) -> None:
     """Text to stderr, red on a terminal."""
     color = sys.stderr.isatty() and "NO_COLOR" not in os.environ

@@ -10,7 +10,8 @@ Stages follow each other over the ranks, `loop` or `v`, with 3 ranks:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
 from torch import nn
@@ -76,15 +77,23 @@ def layers_of_stages(model: Model, job: Job) -> list[int]:
 
 def costs(model: Model, seq_len: int) -> list[float]:
     """Forward FLOPs a token of every layer in a row of `seq_len`, and of all that is no layer: the head."""
-    mean_keys = causal_keys(seq_len)
-    bare = copy.deepcopy(model)
-    bare.layers = nn.ModuleDict()
-    rest = bare.forward_flops_per_token(mean_keys)
-    found = []
+    mean_keys, found = causal_keys(seq_len), []
+    with _layers_of(model, {}):
+        rest = model.forward_flops_per_token(mean_keys)
     for index, block in model.layers.items():
-        bare.layers = nn.ModuleDict({index: block})
-        found.append(bare.forward_flops_per_token(mean_keys) - rest)
+        with _layers_of(model, {index: block}):
+            found.append(model.forward_flops_per_token(mean_keys) - rest)
     return [*found, rest]
+
+
+@contextmanager
+def _layers_of(model: Model, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`model` with these layers alone."""
+    whole, model.layers = model.layers, nn.ModuleDict(layers)
+    try:
+        yield
+    finally:
+        model.layers = whole
 
 
 def balanced(layers: Sequence[float], stages: int, head: float) -> list[int]:
@@ -109,8 +118,8 @@ def balanced(layers: Sequence[float], stages: int, head: float) -> list[int]:
 
 def _part(model: Model, start: int, stop: int, first: bool, last: bool) -> Model:
     """A copy with layers `start` to `stop` and what begins or ends the model; all names stay."""
-    part = copy.deepcopy(model)
-    part.layers = nn.ModuleDict(dict(list(part.layers.items())[start:stop]))
+    with _layers_of(model, dict(list(model.layers.items())[start:stop])):
+        part = copy.deepcopy(model)
     kept = {*(part.first_children if first else ()), *(part.last_children if last else ())}
     for name in {*part.first_children, *part.last_children} - kept:
         delattr(part, name)

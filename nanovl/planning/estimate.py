@@ -11,10 +11,11 @@ import torch
 from nanovl.build import check_parallelism, resolve_sizes
 from nanovl.config.schema import Job
 from nanovl.device import decide_modes, loss_chunk_tokens
+from nanovl.log import aside
 from nanovl.parallelisms.pipeline_schedule import actions
 from nanovl.parallelisms.pipeline_split import costs, layers_of_stages
 from nanovl.planning.hardware import USABLE_MEMORY, Gpu, seconds
-from nanovl.planning.rank import Purpose, RankPlan, plan_ranks
+from nanovl.planning.rank import Purpose, RankPlan, plan_rank
 from nanovl.planning.schedule import simulate
 from nanovl.planning.stages import PlannedJob, meta_model
 from nanovl.registry import resolve_model
@@ -119,7 +120,14 @@ def plan(asked: PlannedJob, gpu: Gpu, mfu_ceiling: float, gpus_per_node: int) ->
     here = replace(config, enable_cpu_offload=False, enable_async_tensor_parallel=False)
     built = replace(asked, job=replace(asked.job, parallelism=here), offloaded=config.enable_cpu_offload)
     pp = config.pipeline_parallel_degree
-    ranks = plan_ranks(built, [rank * asked.world_size // pp for rank in range(pp)])
+    ranks = []
+    for place in range(pp):
+        rank = place * asked.world_size // pp
+        aside(
+            f"  planning rank {rank:,} of {asked.world_size:,}"
+            + (f" ({place + 1} of {pp})" if pp > 1 else "")
+        )
+        ranks.append(plan_rank(built, rank))
     *layers, head = costs(meta_model(asked), asked.job.training.seq_len)
     recomputed = max(rank.recomputed for rank in ranks)
     rate = gpu.flops * mfu_ceiling

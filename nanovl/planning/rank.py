@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanovl.build import build_optimizers
@@ -29,7 +30,6 @@ from nanovl.parallelisms.pipeline_schedule import Action
 from nanovl.planning.groups import Groups
 from nanovl.planning.ledger import Account, Ledger, Traffic
 from nanovl.planning.passes import most_in_passes
-from nanovl.planning.processes import each_in_a_process
 from nanovl.planning.rehearsal import Rehearsed
 from nanovl.planning.schedule import most_alive
 from nanovl.planning.sharding import (
@@ -105,19 +105,26 @@ class RankPlan:
     """Of the optimizers' matrix products."""
 
 
-def plan_ranks(asked: PlannedJob, ranks: Sequence[int]) -> list[RankPlan]:
-    """The shares of `ranks`. Name FSDP's first ranks among their peers: no shard is larger than theirs.
+def plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
+    """The share of `rank`. Name FSDP's first rank among its peers: no shard is larger than its."""
+    with _as_rank(rank, asked.world_size):
+        return _plan_rank(asked, rank)
 
-    Each is found in a process of its own: torch keeps what it learnt of a mesh, its groups included, from one world to
-    the next.
-    """
-    return each_in_a_process(partial(_plan_rank, asked), ranks)
+
+@contextmanager
+def _as_rank(rank: int, world_size: int) -> Iterator[None]:
+    """A world of which this process is `rank`."""
+    assert not dist.is_initialized(), "a plan is made where there is no process group"
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    # meshes of two worlds are equal to torch, which would hand out what it derived for the last one, groups included
+    _clear_sharding_prop_cache()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
-    if dist.is_initialized():  # by the process this one was forked from
-        dist.destroy_process_group()
-    dist.init_process_group("fake", rank=rank, world_size=asked.world_size, store=FakeStore())
     job = asked.job
     mesh = build_mesh(job.parallelism, asked.world_size, CPU)
     parallel = parallelize(meta_model(asked), job, mesh, asked.modes, NOBODY)

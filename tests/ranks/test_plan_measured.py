@@ -28,7 +28,7 @@ from nanovl.optim.expert_balance import ExpertBalance
 from nanovl.optim.scaling import SizeRules
 from nanovl.parallelisms import expert
 from nanovl.planning.groups import AXES
-from nanovl.planning.rank import RankPlan, plan_ranks
+from nanovl.planning.rank import RankPlan, plan_rank
 from nanovl.planning.stages import PlannedJob
 from nanovl.registry import resolve_model
 from nanovl.step import train_step
@@ -224,9 +224,28 @@ def storages_of(parts: Iterable[nn.Module]) -> set[int]:
     return {(p.to_local() if isinstance(p, DTensor) else p).untyped_storage().data_ptr() for p in weights}
 
 
+def completed(job: Job) -> Job:
+    """With its family's parameter groups, and one step."""
+    spec = resolve_model(job.model, VOCAB)
+    groups = job.optimizer.groups or spec.family.optimizer_groups(spec.config)
+    return replace(
+        job, optimizer=replace(job.optimizer, groups=groups), training=replace(job.training, steps=1)
+    )
+
+
 def planned(job: Job, world: int) -> RankPlan:
-    (rank,) = plan_ranks(PlannedJob(job, resolve_model(job.model, VOCAB), RULES, FLOAT32, world, CHUNK), [0])
-    return rank
+    return plan_rank(PlannedJob(job, resolve_model(job.model, VOCAB), RULES, FLOAT32, world, CHUNK), 0)
+
+
+def test_a_rank_is_planned_alike_whichever_came_before() -> None:
+    """One process is all ranks in turn, of worlds whose meshes are equal to torch."""
+    degrees = {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2}
+    jobs = [completed(job_of(name, rows=16, **degrees)) for name in ("qwen3", "moe")]
+    asked = [PlannedJob(job, resolve_model(job.model, VOCAB), RULES, FLOAT32, 8, CHUNK) for job in jobs]
+    forth = [plan_rank(a, rank) for a in asked for rank in (0, 4)]
+    back = [plan_rank(a, rank) for a in reversed(asked) for rank in (4, 0)]
+    assert forth == back[::-1]
+    assert forth[0].layers != forth[1].layers
 
 
 def close(found: float, expected: float, within: float = 0.05) -> bool:
@@ -293,11 +312,7 @@ def test_plan_is_what_a_run_does(model: str, world: int, fields: dict[str, Any])
     recompute = fields.pop(RECOMPUTE, "none")
     job = job_of(model, seq_len=128, **fields)
     job.activation_checkpoint.mode = recompute
-    spec = resolve_model(job.model, VOCAB)
-    groups = job.optimizer.groups or spec.family.optimizer_groups(spec.config)
-    job = replace(
-        job, optimizer=replace(job.optimizer, groups=groups), training=replace(job.training, steps=1)
-    )
+    job = completed(job)
     run = fork_ranks(measured_on_rank, world, job, world)[0]
     plan = planned(job, world)
     memory = plan.memory
