@@ -120,6 +120,11 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
         f"step {step:>5}/{steps}",
         f"{100 * step / steps:4.1f}%",
         f"loss {record['train/loss']:.4f}",
+        *(
+            f"{key.removeprefix('train/')} {record[key]:.4f}"
+            for key in record
+            if key.startswith("train/mtp_loss_")
+        ),
         f"norm {record['optim/grad_norm']:.2f}",
         f"lr {record['optim/lr']:.1e}",
         f"{record['perf/tokens_per_second']:,.0f} tok/s",

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import gc
 import json
-import signal
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,8 +23,7 @@ from nanovl.build import (
 )
 from nanovl.checkpoint.manager import Checkpointer, committed
 from nanovl.config.schema import Job
-from nanovl.data.documents import heldout_texts
-from nanovl.data.loader import Loader, heldout_rows
+from nanovl.data.loader import Loader
 from nanovl.device import (
     decide_modes,
     hardware,
@@ -37,31 +33,31 @@ from nanovl.device import (
     pick_device,
     set_determinism,
 )
-from nanovl.errors import NanovlError, TrainingError
-from nanovl.eval.bpb import bits_per_byte, compressor_bpb
+from nanovl.errors import NanovlError
+from nanovl.eval.bpb import compressor_bpb
 from nanovl.flops import attended_keys, reachable_keys, training_flops_per_token
 from nanovl.hang import HangWatch, record_collectives
-from nanovl.inference.engine import Engine
-from nanovl.inference.uncached import generate_uncached
+from nanovl.header import say_header
+from nanovl.heldout import Heldout
 from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
 from nanovl.optim.expert_balance import ExpertBalance
-from nanovl.optim.gradients import nonfinite_gradients
-from nanovl.optim.groups import shorten
 from nanovl.optim.index_loss import IndexLosses
 from nanovl.optim.qk_clip import QkClip
+from nanovl.optim.scaling import SizeRules
 from nanovl.profiling import Profiler
 from nanovl.registry import spec_to_dict
 from nanovl.report import write_report
-from nanovl.report.facts import parameter_counts
 from nanovl.run import Run, write_json
+from nanovl.samples import continue_prompts
+from nanovl.skipping import SkippedSteps
 from nanovl.spec import Batch
 from nanovl.startup import check_ranks, facts_of
-from nanovl.step import StepResult, sum_over_ranks, train_step
+from nanovl.step import StepResult, train_step
+from nanovl.stopping import StopRequest
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal asked to stop; the state is saved, run again with --resume
-SAME_REQUEST_SECONDS = 2.0  # a terminal or slurm signals every process, and then torchrun its ranks once more
 
 
 def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] = ()) -> Run:
@@ -127,7 +123,7 @@ class Trainer:
         self.world = dist.world_from_env()
         self.main = self.world.rank == 0
         self.log = log = Log(self.world.rank, run.folder / "logs")
-        self.stop_signal, self.stop_asked = 0, 0.0
+        self.stop = StopRequest()
         if self.world.size > 1 and job.comm.check_at_start:
             skew = job.comm.max_clock_skew_seconds
             facts = facts_of(job, __version__, self.world.local_rank)
@@ -144,46 +140,17 @@ class Trainer:
             self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
         self.spec = architecture(job, self.tokenizer)
         self.job, rules = resolve_sizes(job, self.spec, self.world.size)
-        self.modes = decide_modes(
-            device,
-            self.spec.config.hidden_size,
-            self.job.training.steps,
-            job.training.mixed_precision_param,
-            job.compile.enable,
-        )
-        self.chunk_tokens = job.training.loss_chunk_tokens or loss_chunk_tokens(
-            device, self.spec.config.vocab_size
-        )
+        self._decide_numbers()
         if self.main:
             run.write_job(self.job, config_files)
             run.note(
                 param_dtype=str(self.modes.param_dtype).removeprefix("torch."), compiled=self.modes.compile
             )
-        self._say_header()
-        self.model = build_model(
-            self.job, self.spec, self.mesh, self.modes, device, log, fresh=resumed_from is None
-        )
-        with torch.device("meta"):
-            self.arithmetic = self.spec.family.model(self.spec.config)  # all layers, to count FLOPs
-        self.optimizers = build_optimizers(self.job, self.spec, self.model, rules, self.modes, log)
-        self.balance = ExpertBalance(self.model.whole, self.mesh)
-        self.index_losses = IndexLosses(self.model.whole, self.mesh)
-        tau = self.job.optimizer.muon.qk_clip
-        groups = [group for group in [self.mesh.group("loss")] if group is not None]
-        self.qk_clip = QkClip(self.model.whole, tau, groups) if tau else None
-        self.loader = Loader(self.job, self.tokenizer, rank=self.mesh.data_rank, degree=self.mesh.data_degree)
-        settings = self.job.checkpoint
-        self.checkpointer = Checkpointer(
-            run.checkpoints,
-            self.model.whole,
-            self.optimizers.optimizers,
-            settings.keep_latest_k,
-            settings.async_mode == "async" or (settings.async_mode == "auto" and device.type == "cuda"),
-            log,
-        )
+        say_header(log, self.job, self.spec, f"{self.mesh} on {hardware(device)}", run.folder)
+        self._build(rules, fresh=resumed_from is None)
         self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0.0
-        self.skipped = self.skipped_in_a_row = 0
-        self.parents = [str(p) for p in (settings.initial_load_path, resumed_from) if p]
+        self.skipped = SkippedSteps(self.job.training.max_skipped_steps, run, log, main=self.main)
+        self.parents = [str(p) for p in (self.job.checkpoint.initial_load_path, resumed_from) if p]
         if resumed_from is not None:
             self._resume(resumed_from)
         if self.main:
@@ -192,46 +159,84 @@ class Trainer:
         self.metrics = Metrics(run.folder if self.main else None, self.job.metrics.tensorboard)
         self.profiler = Profiler(self.job.profiling, run.folder / "traces", self.world.rank)
         self.warned_of_cropping = False
-        self.heldout: dict[int, tuple[list[Batch], bytes]] = {}
+        self.heldout = Heldout(self.job, self.tokenizer, self.mesh)
+
+    def _decide_numbers(self) -> None:
+        """Dtype, compilation, and the size of the loss's pieces."""
+        training, config = self.job.training, self.spec.config
+        self.modes = decide_modes(
+            self.device,
+            config.hidden_size,
+            training.steps,
+            training.mixed_precision_param,
+            self.job.compile.enable,
+        )
+        self.chunk_tokens = training.loss_chunk_tokens or loss_chunk_tokens(self.device, config.vocab_size)
+
+    def _build(self, rules: SizeRules, *, fresh: bool) -> None:
+        """All that is as large as the model, and what reads data and writes checkpoints."""
+        job, device, mesh, log = self.job, self.device, self.mesh, self.log
+        self.model = build_model(job, self.spec, mesh, self.modes, device, log, fresh=fresh)
+        with torch.device("meta"):
+            self.arithmetic = self.spec.family.model(self.spec.config)  # all layers, to count FLOPs
+        self.optimizers = build_optimizers(job, self.spec, self.model, rules, self.modes, log)
+        self.balance = ExpertBalance(self.model.whole, mesh)
+        self.index_losses = IndexLosses(self.model.whole, mesh)
+        tau = job.optimizer.muon.qk_clip
+        groups = [group for group in [mesh.group("loss")] if group is not None]
+        self.qk_clip = QkClip(self.model.whole, tau, groups) if tau else None
+        self.loader = Loader(job, self.tokenizer, rank=mesh.data_rank, degree=mesh.data_degree)
+        mode = job.checkpoint.async_mode
+        self.checkpointer = Checkpointer(
+            self.run.checkpoints,
+            self.model.whole,
+            self.optimizers.optimizers,
+            job.checkpoint.keep_latest_k,
+            mode == "async" or (mode == "auto" and device.type == "cuda"),
+            log,
+        )
 
     def train(self) -> str:
         """Every step that is left; returns why it ended: "finished" or "stopped by SIGTERM"."""
-        job, steps = self.job, self.job.training.steps
-        meter = Meter(steps)
-        previous_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        if job.training.gc_freq:
+        if self.step >= self.job.training.steps:
+            self.log.say(
+                f"nothing to do: {self.step} of {self.job.training.steps} steps are taken; set training.steps higher "
+                "to go on"
+            )
+        if self.job.training.gc_freq:
             gc.disable()  # a collection on one rank makes all others wait, so all collect at the same step
         try:
-            if self.step >= steps:
-                self.log.say(
-                    f"nothing to do: {self.step} of {steps} steps are taken; set training.steps higher to go on"
-                )
-            self.watch.step, first = self.step, self.step + 1
-            while self.step < steps:
-                stop = self._one_step(meter)
-                self.watch.step = self.step
-                if self.step == first:  # of this process: all is loaded, compiled and connected
-                    dist.set_timeout(job.comm.train_timeout_seconds, keep=[self.checkpointer.group])
-                last = self.step == steps
-                if stop or (job.checkpoint.interval and self.step % job.checkpoint.interval == 0) or last:
-                    self._outside(meter, self._save)
-                if stop and not last:
-                    self._outside(meter, self.checkpointer.wait)
-                    name = (
-                        signal.Signals(self.stop_signal).name if self.stop_signal else "another rank's signal"
-                    )
-                    self.log.say(f"stopped by {name} after step {self.step}, saved; go on with --resume")
-                    return f"stopped by {name}"
-                if job.validation.freq and self.step % job.validation.freq == 0 and not last:
-                    self._outside(meter, self._validate)
-                if job.sampling.freq and self.step % job.sampling.freq == 0 and not last:
-                    self._outside(meter, self._sample)
-            self._outside(meter, self._finish)
-            return "finished"
+            with self.stop:
+                return self._steps(Meter(self.job.training.steps))
         finally:
             gc.enable()
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+
+    def _steps(self, meter: Meter) -> str:
+        job, steps = self.job, self.job.training.steps
+        self.watch.step, first = self.step, self.step + 1
+        while self.step < steps:
+            stop = self._one_step(meter)
+            self.watch.step = self.step
+            if self.step == first:  # of this process: all is loaded, compiled and connected
+                dist.set_timeout(job.comm.train_timeout_seconds, keep=[self.checkpointer.group])
+            last = self.step == steps
+            if stop or last or self._turn(job.checkpoint.interval):
+                self._outside(meter, self._save)
+            if stop and not last:
+                self._outside(meter, self.checkpointer.wait)
+                name = self.stop.name
+                self.log.say(f"stopped by {name} after step {self.step}, saved; go on with --resume")
+                return f"stopped by {name}"
+            if self._turn(job.validation.freq) and not last:
+                self._outside(meter, self._validate)
+            if self._turn(job.sampling.freq) and not last:
+                self._outside(meter, self._sample)
+        self._outside(meter, self._finish)
+        return "finished"
+
+    def _turn(self, freq: int) -> bool:
+        """Whether this step is one of every `freq`; 0 = never."""
+        return freq > 0 and self.step % freq == 0
 
     def close(self, reason: str) -> None:
         """Stop background work and say in run.json how it ended."""
@@ -258,7 +263,7 @@ class Trainer:
             max_norm=job.training.max_norm,
             chunk_tokens=self.chunk_tokens,
             cross_document_attention=job.data.cross_document_attention,
-            stop=self.stop_signal != 0,
+            stop=bool(self.stop),
         )
         self.balance.end_step(update=result.finite)
         self.index_losses.end_step()
@@ -266,7 +271,7 @@ class Trainer:
             self.optimizers.step()
             if self.qk_clip is not None:
                 self.qk_clip.apply()
-        self._count_skipped(result)
+        self.skipped.add(self.step + 1, result, self.model.named_parameters())
         self.optimizers.zero_grad()
         self.step += 1
         self.tokens += step_tokens
@@ -278,26 +283,6 @@ class Trainer:
         if self.step % job.metrics.log_freq == 0 or self.step in (1, job.training.steps) or result.stop:
             self._log_step(meter, result)
         return result.stop
-
-    def _count_skipped(self, result: StepResult) -> None:
-        """A step without finite loss and gradients leaves the weights alone; too many in a row end the run."""
-        if result.finite:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        names = nonfinite_gradients(self.model.named_parameters())
-        found = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        at_fault = f"; not finite: {shorten(names)}" if names else ""
-        self.log.warn(f"step {self.step + 1}: {found}: skipped on all ranks, weights unchanged{at_fault}")
-        if self.skipped_in_a_row > self.job.training.max_skipped_steps:
-            if self.main:
-                write_json(self.run.folder / "nonfinite.json", {"step": self.step + 1, "gradients": names})
-            raise TrainingError(
-                f"step {self.step + 1}: {self.skipped_in_a_row} steps in a row without finite loss and gradients "
-                f"({found}); the parameters at fault are in {self.run.folder / 'nonfinite.json'}. Resume from "
-                f"{self.run.checkpoints} with a lower optimizer.lr or training.max_norm"
-            )
 
     def _log_step(self, meter: Meter, result: StepResult) -> None:
         taken = meter.taken
@@ -313,7 +298,7 @@ class Trainer:
             **{f"train/mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_losses, 1)},
             "optim/grad_norm": result.grad_norm,
             "optim/lr": self.optimizers.lr,
-            "optim/skipped_steps": self.skipped,
+            "optim/skipped_steps": self.skipped.count,
             "perf/tokens_per_second": rates["tokens_per_second"],
             "perf/data_wait": rates["data_wait"],
             "perf/mfu": None,
@@ -346,29 +331,8 @@ class Trainer:
         """Bits per byte on held-out text, logged; the same rows every time."""
         settings = self.job.validation
         limit = settings.final_max_bytes if final else settings.max_bytes
-        if limit not in self.heldout:
-            self.heldout[limit] = heldout_rows(
-                heldout_texts(self.job),
-                self.tokenizer,
-                self.job.training.seq_len,
-                limit,
-                self.mesh.data_rank,
-                self.mesh.data_degree,
-                settings.local_batch_size or self.job.training.local_batch_size or 8,
-            )
-        batches, text = self.heldout[limit]
-        token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).long()
         began = time.perf_counter()
-        self.model.train(False)
-        result = bits_per_byte(
-            self.model.evaluate,
-            batches,
-            token_bytes,
-            self.device,
-            total=lambda sums: sum_over_ranks(self.mesh, *sums),
-            chunk_tokens=self.chunk_tokens,
-        )
-        self.model.train(True)
+        result, text = self.heldout.measure(self.model, self.device, self.chunk_tokens, limit)
         found: dict[str, Any] = {
             "val/bpb": result.bpb,
             "val/bytes": result.bytes,
@@ -387,22 +351,8 @@ class Trainer:
         return found
 
     def _sample(self) -> None:
-        """Continue the job's prompts with the weights as they are; every rank takes part."""
-        settings = self.job.sampling
-        if not settings.prompts:
-            return
-        if self.mesh.whole_model_here:
-            generate = Engine(self.model.whole, self.tokenizer, max_rows=len(settings.prompts)).generate
-        else:
-            generate = partial(generate_uncached, self.model, self.tokenizer)
-        completions = generate(
-            settings.prompts,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=self.job.debug.seed,
-        )
-        for prompt, completion in zip(settings.prompts, completions, strict=True):
+        completions = continue_prompts(self.job, self.model, self.tokenizer, self.mesh)
+        for prompt, completion in zip(self.job.sampling.prompts, completions, strict=True):
             self.log.say(f"sample {self.step:>5}      {json.dumps(prompt)} -> {json.dumps(completion.text)}")
             if self.main:
                 with (self.run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
@@ -480,27 +430,3 @@ class Trainer:
         ):
             work()
         meter.resume_clock()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = time.monotonic() - self.stop_asked if self.stop_signal else 0.0
-        if again > SAME_REQUEST_SECONDS:
-            raise KeyboardInterrupt  # asked twice: now, not after the step
-        if not self.stop_signal:
-            self.stop_signal, self.stop_asked = number, time.monotonic()
-
-    def _say_header(self) -> None:
-        job, training, spec = self.job, self.job.training, self.spec
-        total, without_embeddings = parameter_counts(spec)
-        batch = training.global_batch_size * training.seq_len
-        self.log.say(
-            f"nanovl {__version__}  train  {spec.family.name}  "
-            f"{total:,} parameters ({without_embeddings:,} without embeddings)"
-        )
-        self.log.say(f"  run       {self.run.folder}")
-        kinds = ", ".join(f"{s.kind} {s.path}".strip() for s in job.data.sources)
-        self.log.say(
-            f"  data      {kinds}: {batch * training.steps:,} tokens = {training.steps:,} steps of {batch:,}"
-        )
-        self.log.say(
-            f"  mesh      {self.mesh} on {hardware(self.device)}, {torch.get_num_threads()} threads a rank"
-        )

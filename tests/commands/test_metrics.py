@@ -35,6 +35,11 @@ def test_step_line_of_a_cpu() -> None:
     )
 
 
+def test_step_line_has_the_loss_of_every_depth() -> None:
+    line = step_line(record(25, **{"train/mtp_loss_1": 4.5, "train/mtp_loss_2": 5.25}), 300, 0.0)
+    assert "  loss 3.1416  mtp_loss_1 4.5000  mtp_loss_2 5.2500  norm 0.13" in line
+
+
 def test_step_line_names_utilisation_and_a_slow_loader() -> None:
     line = step_line(record(300, **{"perf/mfu": 0.4567, "perf/data_wait": 0.254}), 300, 0.0)
     assert line == (
