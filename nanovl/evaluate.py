@@ -14,34 +14,7 @@ from nanovl.log import out, table
 
 def main(argv: list[str]) -> int:
     """`nanovl evaluate PATH [--text FILE ...] [--max-bytes N]`."""
-    parser = argparse.ArgumentParser(prog="nanovl evaluate", description=__doc__)
-    parser.add_argument("path", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        help="text file to measure on; default: the run's held-out text",
-    )
-    parser.add_argument(
-        "--max-bytes", type=int, default=1_000_000, help="whole documents until this many bytes; 0 = all"
-    )
-    parser.add_argument("--seq-len", type=int, default=0, help="tokens a row; default: the job's, else 2048")
-    parser.add_argument("--rows", type=int, default=8, help="rows at once")
-    parser.add_argument("--device", default="", help="cpu, cuda, ...; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    args = parser.parse_args(argv)
-    wrong = [
-        f"--{k} = {v}: wants {w}"
-        for k, v, ok, w in (
-            ("max-bytes", args.max_bytes, args.max_bytes >= 0, "0 or more"),
-            ("seq-len", args.seq_len, args.seq_len >= 0, "0 or more"),
-            ("rows", args.rows, args.rows > 0, "1 or more"),
-        )
-        if not ok
-    ]
-    if wrong:
-        raise ConfigError(wrong)
+    args = _arguments(argv)
 
     import torch
 
@@ -77,6 +50,38 @@ def main(argv: list[str]) -> int:
         out(table(["on the same text", "bits per byte"], rows))
         out(f"  {found.bytes:,} bytes, {found.tokens:,} tokens, rows of {seq_len}")
     return 0
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nanovl evaluate", description=__doc__)
+    parser.add_argument("path", help="run folder, checkpoint, Hugging Face directory, or nanochat's folder")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="text file to measure on; default: the run's held-out text",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=1_000_000, help="whole documents until this many bytes; 0 = all"
+    )
+    parser.add_argument("--seq-len", type=int, default=0, help="tokens a row; default: the job's, else 2048")
+    parser.add_argument("--rows", type=int, default=8, help="rows at once")
+    parser.add_argument("--device", default="", help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    wrong = [
+        f"--{k} = {v}: wants {w}"
+        for k, v, ok, w in (
+            ("max-bytes", args.max_bytes, args.max_bytes >= 0, "0 or more"),
+            ("seq-len", args.seq_len, args.seq_len >= 0, "0 or more"),
+            ("rows", args.rows, args.rows > 0, "1 or more"),
+        )
+        if not ok
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    return args
 
 
 def _files(names: list[str]) -> Iterator[str]:

@@ -4,11 +4,68 @@ from __future__ import annotations
 
 import math
 import re
+from operator import attrgetter
 
 from nanovl.config.schema import Job, Source
 
 SPECIAL_TOKENS = 9
 MIN_VOCAB = 256 + SPECIAL_TOKENS
+
+POSITIVE = (
+    "training.seq_len",
+    "training.tokens_per_parameter",
+    "metrics.log_freq",
+    "data.buffer_documents",
+    "activation_checkpoint.every_n_layers",
+    "tokenizer.train_characters",
+    "tokenizer.document_characters",
+    "sampling.max_tokens",
+    "validation.max_bytes",
+    "profiling.profile_freq",
+    "profiling.profiler_active",
+    "optimizer.muon.iterations",
+    "comm.init_timeout_seconds",
+    "comm.train_timeout_seconds",
+    "comm.outside_timeout_seconds",
+    "comm.max_clock_skew_seconds",
+)
+NOT_NEGATIVE = (
+    "parallelism.pipeline_parallel_stages_per_rank",
+    "training.steps",
+    "training.global_batch_size",
+    "training.local_batch_size",
+    "training.max_norm",
+    "training.loss_chunk_tokens",
+    "training.gc_freq",
+    "training.max_skipped_steps",
+    "optimizer.lr",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "lr_schedule.warmup_steps",
+    "data.prefetch_batches",
+    "checkpoint.interval",
+    "checkpoint.keep_latest_k",
+    "validation.freq",
+    "validation.final_max_bytes",
+    "validation.local_batch_size",
+    "sampling.freq",
+    "sampling.temperature",
+    "sampling.top_k",
+    "profiling.profiler_warmup",
+    "optimizer.muon.momentum_warmup_steps",
+    "optimizer.muon.qk_clip",
+    "comm.trace_buf_size",
+    "debug.seed",
+)
+FRACTIONS = (
+    "lr_schedule.decay_ratio",
+    "lr_schedule.min_lr_factor",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.muon.momentum",
+    "optimizer.muon.momentum_start",
+    "optimizer.muon.momentum_end",
+)
 
 
 def check_job(job: Job, world_size: int) -> list[str]:
@@ -34,67 +91,19 @@ def data_parallel_degree(job: Job, world_size: int) -> int:
 
 def _bounds(job: Job) -> list[str]:
     """Numbers that must be positive, or not negative, and fractions that must be in [0, 1]."""
-    positive = [
-        ("training.seq_len", job.training.seq_len),
-        ("training.tokens_per_parameter", job.training.tokens_per_parameter),
-        ("metrics.log_freq", job.metrics.log_freq),
-        ("data.buffer_documents", job.data.buffer_documents),
-        ("activation_checkpoint.every_n_layers", job.activation_checkpoint.every_n_layers),
-        ("tokenizer.train_characters", job.tokenizer.train_characters),
-        ("tokenizer.document_characters", job.tokenizer.document_characters),
-        ("sampling.max_tokens", job.sampling.max_tokens),
-        ("validation.max_bytes", job.validation.max_bytes),
-        ("profiling.profile_freq", job.profiling.profile_freq),
-        ("profiling.profiler_active", job.profiling.profiler_active),
-        ("optimizer.muon.iterations", job.optimizer.muon.iterations),
-        ("comm.init_timeout_seconds", job.comm.init_timeout_seconds),
-        ("comm.train_timeout_seconds", job.comm.train_timeout_seconds),
-        ("comm.outside_timeout_seconds", job.comm.outside_timeout_seconds),
-        ("comm.max_clock_skew_seconds", job.comm.max_clock_skew_seconds),
-    ]
-    not_negative = [
-        ("parallelism.pipeline_parallel_stages_per_rank", job.parallelism.pipeline_parallel_stages_per_rank),
-        ("training.steps", job.training.steps),
-        ("training.global_batch_size", job.training.global_batch_size),
-        ("training.local_batch_size", job.training.local_batch_size),
-        ("training.max_norm", job.training.max_norm),
-        ("training.loss_chunk_tokens", job.training.loss_chunk_tokens),
-        ("training.gc_freq", job.training.gc_freq),
-        ("training.max_skipped_steps", job.training.max_skipped_steps),
-        ("optimizer.lr", job.optimizer.lr),
-        ("optimizer.eps", job.optimizer.eps),
-        ("optimizer.weight_decay", job.optimizer.weight_decay),
-        ("lr_schedule.warmup_steps", job.lr_schedule.warmup_steps),
-        ("data.prefetch_batches", job.data.prefetch_batches),
-        ("checkpoint.interval", job.checkpoint.interval),
-        ("checkpoint.keep_latest_k", job.checkpoint.keep_latest_k),
-        ("validation.freq", job.validation.freq),
-        ("validation.final_max_bytes", job.validation.final_max_bytes),
-        ("validation.local_batch_size", job.validation.local_batch_size),
-        ("sampling.freq", job.sampling.freq),
-        ("sampling.temperature", job.sampling.temperature),
-        ("sampling.top_k", job.sampling.top_k),
-        ("profiling.profiler_warmup", job.profiling.profiler_warmup),
-        ("optimizer.muon.momentum_warmup_steps", job.optimizer.muon.momentum_warmup_steps),
-        ("optimizer.muon.qk_clip", job.optimizer.muon.qk_clip),
-        ("comm.trace_buf_size", job.comm.trace_buf_size),
-        ("debug.seed", job.debug.seed),
-    ]
-    fractions = [
-        ("lr_schedule.decay_ratio", job.lr_schedule.decay_ratio),
-        ("lr_schedule.min_lr_factor", job.lr_schedule.min_lr_factor),
-        ("optimizer.beta1", job.optimizer.beta1),
-        ("optimizer.beta2", job.optimizer.beta2),
-        ("optimizer.muon.momentum", job.optimizer.muon.momentum),
-        ("optimizer.muon.momentum_start", job.optimizer.muon.momentum_start),
-        ("optimizer.muon.momentum_end", job.optimizer.muon.momentum_end),
-        *((f"data.sources.{i}.holdout", s.holdout) for i, s in enumerate(job.data.sources)),
-        *((f"validation.sources.{i}.holdout", s.holdout) for i, s in enumerate(job.validation.sources)),
-    ]
+    positive, not_negative, fractions = (
+        {key: attrgetter(key)(job) for key in keys} for keys in (POSITIVE, NOT_NEGATIVE, FRACTIONS)
+    )
+    for name, sources in (("data", job.data.sources), ("validation", job.validation.sources)):
+        fractions |= {f"{name}.sources.{i}.holdout": source.holdout for i, source in enumerate(sources)}
     return [
-        *(f"{key} = {value}: wants a number above 0" for key, value in positive if value <= 0),
-        *(f"{key} = {value}: wants 0 or more" for key, value in not_negative if value < 0),
-        *(f"{key} = {value}: wants a number from 0 to 1" for key, value in fractions if not 0 <= value <= 1),
+        *(f"{key} = {value}: wants a number above 0" for key, value in positive.items() if value <= 0),
+        *(f"{key} = {value}: wants 0 or more" for key, value in not_negative.items() if value < 0),
+        *(
+            f"{key} = {value}: wants a number from 0 to 1"
+            for key, value in fractions.items()
+            if not 0 <= value <= 1
+        ),
     ]
 
 
