@@ -13,10 +13,10 @@ Unverified, for want of the released files: Moonlight's eps (1e-6 is the class's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.init import InitConfig
@@ -29,7 +29,6 @@ from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_gro
 from nanovl.models.hf_config import (
     MTP_LAYERS,
     decoder_to_hf,
-    expect,
     mtp_of,
     rope_from_hf,
     rope_to_hf,
@@ -57,6 +56,8 @@ LATENT = (
     "v_head_dim",
 )
 """Sizes of latent attention, there and here."""
+DERIVED = ("num_key_value_heads", "head_dim", "qk_head_dim")
+"""What a config.json may say too, and transformers works out from those."""
 
 
 def first_dense(
@@ -191,12 +192,13 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "deepseek_v3", rope_interleave=True)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(rope_interleave=True)
     sizes = {key: hf[key] for key in LATENT}
     mixer = MlaConfig(**sizes, rope=rope_from_hf(hf), bias=hf.get("attention_bias", False))
-    return first_dense_from_hf(hf, "deepseek_v3", mixer, INIT)
+    hf.ignore(*DERIVED)
+    return first_dense_from_hf(hf, mixer, INIT)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -214,12 +216,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def first_dense_from_hf(
-    hf: Mapping[str, Any], family: str, mixer: AttentionConfig | MlaConfig, init: InitConfig
+    hf: ConfigJson, mixer: AttentionConfig | MlaConfig, init: InitConfig
 ) -> DecoderConfig:
-    """The config of a config.json of these families, but for its mixer. Raises ConfigError."""
-    expect(hf, family, hidden_act="silu", moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
-    if not hf["n_shared_experts"]:
-        raise ConfigError(f"n_shared_experts = {hf['n_shared_experts']} in config.json: wants 1 or more")
+    """The config of a config.json of these families, but for its mixer."""
+    hf.expect(hidden_act="silu", moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
     moe = experts(
         hf["n_routed_experts"],
         hf["num_experts_per_tok"],
@@ -333,7 +333,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(
-        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v3", mtp=MTP_BEHIND
-    ),
+    hf=HuggingFaceSpec(ARCHITECTURE, "deepseek_v3", config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
 )

@@ -11,15 +11,16 @@ transformers computes the same, but cannot train the indexer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.indexer import IndexerConfig
 from nanovl.models.blocks.mla import MlaConfig
 from nanovl.models.decoder import Decoder, DecoderConfig, adamw_groups
 from nanovl.models.deepseek_v3 import (
+    DERIVED,
     INIT,
     LATENT,
     experts,
@@ -31,7 +32,7 @@ from nanovl.models.deepseek_v3 import (
     small_latent,
     yarn,
 )
-from nanovl.models.hf_config import expect, rope_from_hf
+from nanovl.models.hf_config import layer_types, rope_from_hf
 from nanovl.models.hf_keys import MTP_BEHIND, with_mtp_rules
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
@@ -77,20 +78,18 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
     layers, dense = hf["num_hidden_layers"], hf["first_k_dense_replace"]
-    expect(
-        hf,
-        "deepseek_v32",
-        mlp_bias=False,
-        layer_types=["indexed_attention"] * layers,
-        mlp_layer_types=["dense"] * min(dense, layers) + ["sparse"] * (layers - dense),
-    )
+    hf.expect(mlp_bias=False, rope_interleave=True)
+    hf.ignore(*DERIVED, "mlp_layer_types")
+    layer_types(hf, period=1, kinds={"indexed_attention": "moe"})
+    if hf.sound("num_hidden_layers") and hf.sound("first_k_dense_replace"):
+        hf.expect(mlp_layer_types=["dense"] * min(dense, layers) + ["sparse"] * (layers - dense))
     indexer = IndexerConfig(**{key: hf[key] for key in INDEX})
     sizes = {key: hf[key] for key in LATENT}
     mixer = MlaConfig(**sizes, rope=rope_from_hf(hf), bias=hf.get("attention_bias", False), indexer=indexer)
-    return first_dense_from_hf(hf, "deepseek_v32", mixer, INIT)
+    return first_dense_from_hf(hf, mixer, INIT)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -121,7 +120,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(
-        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="deepseek_v32", mtp=MTP_BEHIND
-    ),
+    hf=HuggingFaceSpec(ARCHITECTURE, "deepseek_v32", config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
 )

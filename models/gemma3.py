@@ -8,10 +8,10 @@ sqrt(head_dim).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.norm import NormConfig
@@ -19,7 +19,6 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     dense,
-    expect,
     layer_ropes,
     layer_types,
     layer_types_to_hf,
@@ -27,6 +26,7 @@ from nanovl.models.hf_config import (
     sizes_from_hf,
     sizes_of,
     sizes_to_hf,
+    sliding_window,
     tiling,
 )
 from nanovl.models.hf_keys import decoder_rules
@@ -122,12 +122,10 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
     # transformers reads attn_logit_softcapping and does not use it
-    expect(
-        hf,
-        "gemma3",
+    hf.expect(
         hidden_activation="gelu_pytorch_tanh",
         attn_logit_softcapping=None,
         use_bidirectional_attention=False,
@@ -135,17 +133,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     ropes = layer_ropes(hf, full=hf.get("rope_theta", 1e6), sliding=hf.get("rope_local_base_freq", 1e4))
     sizes = sizes_from_hf(hf, tie=True)
     scalar = hf["query_pre_attn_scalar"]
+    period = hf.get("_sliding_window_pattern", hf.get("sliding_window_pattern", 6))
+    names = layer_types(hf, period=period)
     config = gemma3(
         **sizes,
-        window=hf["sliding_window"],
+        window=sliding_window(hf, names),
         rope=ropes["full"],
         sliding_rope=ropes["sliding"],
         query_scalar=None if scalar == sizes["head_dim"] else scalar,
         softcap=hf.get("final_logit_softcapping"),
         bias=hf.get("attention_bias", False),
     )
-    period = hf.get("_sliding_window_pattern", hf.get("sliding_window_pattern", 6))
-    config.pattern = tiling(layer_types(hf, period=period), PATTERN)
+    config.pattern = tiling(names, PATTERN)
     return config
 
 
@@ -179,5 +178,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, decoder_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "gemma3_text", config_from_hf, config_to_hf, decoder_rules),
 )

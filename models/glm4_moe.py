@@ -9,9 +9,9 @@ transformers' class defaults are no released model: those have biases and base 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.init import InitConfig
@@ -104,17 +104,17 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
     mixer = attention(
         hf["num_attention_heads"],
         hf["num_key_value_heads"],
         hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        rope=rope_from_hf({"partial_rotary_factor": HALF, **hf}),
+        rope=rope_from_hf(hf, partial=HALF),
         normed=hf.get("use_qk_norm", False),
         bias=hf.get("attention_bias", False),
     )
-    return first_dense_from_hf(hf, "glm4_moe", mixer, INIT)
+    return first_dense_from_hf(hf, mixer, INIT)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -155,5 +155,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
+    hf=HuggingFaceSpec(ARCHITECTURE, "glm4_moe", config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
 )

@@ -12,13 +12,14 @@ bfloat16 and not written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.moe import MoeConfig
@@ -27,12 +28,12 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     decoder_to_hf,
-    expect,
     layer_types,
     rope_from_hf,
     rope_parameters,
     rope_to_hf,
     same_or_refuse,
+    sliding_window,
     tiling,
 )
 from nanovl.models.hf_keys import ATTENTION, decoder_rules
@@ -122,9 +123,12 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "gpt_oss", hidden_act="silu", swiglu_alpha=1.702, swiglu_limit=7.0)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(
+        hidden_act="silu", swiglu_alpha=1.702, swiglu_limit=7.0, experts_per_token=hf["num_experts_per_tok"]
+    )
+    names = layer_types(hf, period=len(PATTERN))
     config = gpt_oss(
         layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
@@ -135,15 +139,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         experts=hf["num_local_experts"],
         active=hf["num_experts_per_tok"],
         vocab=hf["vocab_size"],
-        window=hf["sliding_window"],
+        window=sliding_window(hf, names),
         # transformers stretches where the file is silent
-        rope=rope_from_hf({"rope_parameters": rope_parameters(ROPE), **hf}, theta=ROPE.theta),
+        rope=rope_from_hf(hf, theta=ROPE.theta, silent=rope_parameters(ROPE)),
         eps=hf["rms_norm_eps"],
         context=hf["max_position_embeddings"],
         tie=hf.get("tie_word_embeddings", False),
         bias=hf.get("attention_bias", True),
     )
-    config.pattern = tiling(layer_types(hf, period=len(PATTERN)), PATTERN)
+    config.pattern = tiling(names, PATTERN)
     return config
 
 
@@ -236,5 +240,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "gpt_oss", config_from_hf, config_to_hf, key_rules),
 )

@@ -25,12 +25,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
-from nanovl.models.hf_config import expect
 from nanovl.models.hf_keys import ATTENTION, GATED, decoder_rules, one_rule_an_expert
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
 
@@ -105,11 +105,14 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what is not computed here."""
-    expect(
-        hf,
-        "grok2",
+STRETCHING = "original_max_position_embeddings scaling_factor extrapolation_factor attn_factor beta_fast beta_slow".split()
+"""Of a rotation that is not stretched, see above."""
+
+
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.ignore(*STRETCHING)
+    hf.expect(
         embedding_multiplier_scale=hf["hidden_size"] ** 0.5,
         output_multiplier_scale=0.5,
         attn_logit_softcapping=30.0,
@@ -174,5 +177,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec("Grok1ForCausalLM", config_from_hf, None, key_rules, cut_dim=cut_dim),
+    hf=HuggingFaceSpec("Grok1ForCausalLM", "git", config_from_hf, None, key_rules, cut_dim=cut_dim),
 )

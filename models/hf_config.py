@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mla import MlaConfig
@@ -14,6 +16,8 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import DecoderConfig
 from nanovl.spec import computed
 
+SLIDING = MappingProxyType({"sliding_attention": "sliding", "full_attention": "full"})
+"""What layers are called by transformers and here."""
 MTP_LAYERS = "num_nextn_predict_layers"
 """Key of the depth of multi-token prediction."""
 SCALING = {
@@ -33,18 +37,7 @@ SCALING = {
 """What each kind of rotation scaling reads."""
 
 
-def expect(hf: Mapping[str, Any], family: str, **wanted: Any) -> None:
-    """Raises ConfigError for keys of config.json that are there and ask for what the family here does not compute."""
-    wrong = [
-        f"{key} = {hf[key]!r} in config.json: {family} here computes {value!r} alone"
-        for key, value in wanted.items()
-        if hf.get(key) is not None and hf[key] != value
-    ]
-    if wrong:
-        raise ConfigError(wrong)
-
-
-def sizes_from_hf(hf: Mapping[str, Any], *, tie: bool = False) -> dict[str, Any]:
+def sizes_from_hf(hf: ConfigJson, *, tie: bool = False) -> dict[str, Any]:
     """Arguments of a family's builder from config.json; `tie` = what the class does where the file is silent."""
     heads = hf["num_attention_heads"]
     return {
@@ -144,23 +137,38 @@ def mtp_of(config: DecoderConfig, depths: int, block: str) -> MtpConfig | None:
     return MtpConfig(num_layers=depths, block=block if named or not last else None) if depths else None
 
 
-def rope_from_hf(hf: Mapping[str, Any], *, theta: float = 10_000.0) -> RopeConfig:
-    """The rotation of a config.json with one for all layers, as written by transformers 4 or 5; `theta` where it is
-    silent."""
-    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    top = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
-    return rope_of({"rope_theta": theta, **top, **given}, hf["max_position_embeddings"])
+def rope_from_hf(
+    hf: ConfigJson, *, theta: float = 10_000.0, partial: float = 1.0, silent: Mapping[str, Any] | None = None
+) -> RopeConfig:
+    """The rotation of a config.json with one for all layers, as written by transformers 4 or 5.
+
+    `theta` and `partial`, its share of a head's channels, hold where the file is silent about them, `silent` where it
+    is silent about rotations.
+    """
+    top = {
+        "rope_theta": hf.get("rope_theta", theta),
+        "partial_rotary_factor": hf.get("partial_rotary_factor", partial),
+    }
+    old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
+    if not old and not new and "rope_parameters" not in hf:
+        top |= silent or {}
+    return rope_of(
+        hf.table("rope_scaling" if old else "rope_parameters", **top), hf["max_position_embeddings"]
+    )
 
 
-def rope_of(given: Mapping[str, Any], context: int) -> RopeConfig:
-    """The rotation of one `rope_parameters` of transformers. Raises ConfigError for what is not computed here."""
-    kind = given.get("rope_type", given.get("type", "default"))
+def rope_of(given: ConfigJson, context: int) -> RopeConfig:
+    """The rotation of one `rope_parameters` of transformers."""
+    old = given.get("type", "default")
+    kind = given.get("rope_type", old)
     if kind != "default" and kind not in SCALING:
-        raise ConfigError(f"rope_type = {kind!r} in config.json: choose from default, {', '.join(SCALING)}")
-    theta, partial = float(given["rope_theta"]), given.get("partial_rotary_factor") or 1.0
+        given.refuse("rope_type" if "rope_type" in given else "type", f"wants default, {', '.join(SCALING)}")
+        kind = "default"
+    theta, partial = float(given["rope_theta"]), given.get("partial_rotary_factor", 1.0)
     if kind == "default":
         return RopeConfig(theta=theta, partial_rotary_factor=partial)
-    said = {key: given[key] for key in SCALING[kind] if given.get(key) is not None}
+    read = {key: given.get(key) for key in SCALING[kind]}
+    said = {key: value for key, value in read.items() if value is not None}
     if kind != "linear":
         said.setdefault("original_max_position_embeddings", context)
     said.setdefault("factor", context / said.get("original_max_position_embeddings", context))
@@ -196,41 +204,65 @@ def tiling(names: Sequence[str], usual: Sequence[str]) -> list[str]:
     return next(p for p in candidates if all(p[i % len(p)] == name for i, name in enumerate(names)))
 
 
-def layer_types(hf: Mapping[str, Any], *, period: int) -> list[str]:
-    """`sliding` or `full` for each layer of a config.json; every layer at a multiple of `period` is full where it is
-    silent."""
+def layer_types(hf: ConfigJson, *, period: int, kinds: Mapping[str, str] = SLIDING) -> list[str]:
+    """The name here of each layer of a config.json, which calls them by the keys of `kinds`.
+
+    Where it is silent, every layer at a multiple of `period` is of the last kind, the others of the first.
+    """
+    names = list(kinds.values())
     named = hf.get("layer_types")
     if named is None:
-        return ["full" if (i + 1) % period == 0 else "sliding" for i in range(hf["num_hidden_layers"])]
-    kinds = {"sliding_attention": "sliding", "full_attention": "full"}
+        return [names[-1] if (i + 1) % period == 0 else names[0] for i in range(hf["num_hidden_layers"])]
+    hf.a_layer_each("layer_types")
     if strange := sorted(set(named) - kinds.keys()):
-        raise ConfigError(f"layer_types in config.json: {', '.join(strange)} is none of {', '.join(kinds)}")
-    return [kinds[name] for name in named]
+        hf.refuse("layer_types", f"{', '.join(strange)} is none of {', '.join(kinds)}")
+    return [kinds.get(name, names[0]) for name in named]
 
 
-def layer_ropes(hf: Mapping[str, Any], *, full: float, sliding: float) -> dict[str, RopeConfig]:
+def no_windows(hf: ConfigJson) -> None:
+    """Mistakes where some layer has a window, in a class that could."""
+    hf.expect(use_sliding_window=False)
+    hf.ignore("sliding_window")
+    layer_types(hf, period=1, kinds={"full_attention": "full"})
+
+
+def sliding_window(hf: ConfigJson, names: Sequence[str]) -> int | None:
+    """Keys that layers called `sliding` see. A mistake where it is null and there are some: transformers raises."""
+    window: int | None = hf["sliding_window"]
+    if window is None and "sliding" in names:
+        hf.refuse("sliding_window", "wants a whole number above 0, since some layers are sliding")
+    return window
+
+
+def layer_ropes(hf: ConfigJson, *, full: float, sliding: float) -> dict[str, RopeConfig]:
     """The rotations of full and of sliding layers, whose bases are `full` and `sliding` where a config.json is silent.
 
-    An older file's `rope_scaling` is that of full layers. Raises ConfigError for `rope_parameters` without layer types:
+    An older file's `rope_scaling` is that of full layers. `rope_parameters` without layer types are a mistake:
     transformers 5.23 silently drops their scaling.
     """
-    context = hf["max_position_embeddings"]
     given = hf.get("rope_parameters")
     if given is None:
-        given = {"full_attention": hf.get("rope_scaling")}
-    elif not given.keys() <= {"full_attention", "sliding_attention"}:
-        raise ConfigError(
-            "rope_parameters in config.json: wants one for full_attention and one for sliding_attention"
-        )
-    ropes = {}
-    for name, theta in (("full", full), ("sliding", sliding)):
-        said = {"rope_theta": theta, **(given.get(f"{name}_attention") or {})}
-        if not said.get("truncate", True):
-            raise ConfigError(
-                "truncate = false in config.json: transformers 5.23 ignores it beside layer types"
+        tables = {
+            "full": hf.table("rope_scaling", rope_theta=full),
+            "sliding": hf.table("rope_parameters", rope_theta=sliding),
+        }
+    else:
+        if hf.get("rope_scaling"):
+            hf.refuse("rope_scaling", "rope_parameters are there too; say it in those")
+        each = given.keys() <= {"full_attention", "sliding_attention"}
+        if not each:
+            hf.refuse("rope_parameters", "wants one for full_attention and one for sliding_attention")
+        outer = hf.table("rope_parameters") if each else ConfigJson({}, hf.family)
+        tables = {
+            "full": outer.table("full_attention", rope_theta=full),
+            "sliding": outer.table("sliding_attention", rope_theta=sliding),
+        }
+    for table in tables.values():
+        if not table.get("truncate", True):
+            table.refuse(
+                "truncate", "transformers 5.23 ignores it beside layer types; take it out, or set it to true"
             )
-        ropes[name] = rope_of(said, context)
-    return ropes
+    return {name: rope_of(table, hf["max_position_embeddings"]) for name, table in tables.items()}
 
 
 def layer_types_to_hf(config: DecoderConfig, architecture: str) -> dict[str, Any]:

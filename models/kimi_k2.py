@@ -57,7 +57,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(
-        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, model_type="kimi_k2", mtp=MTP_BEHIND
-    ),
+    hf=HuggingFaceSpec(ARCHITECTURE, "kimi_k2", config_from_hf, config_to_hf, key_rules, mtp=MTP_BEHIND),
 )

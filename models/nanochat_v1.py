@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.config.schema import OptimizerGroup
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
@@ -27,7 +28,6 @@ from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig
 from nanovl.models.hf_config import (
     dense,
-    expect,
     rope_from_hf,
     rope_to_hf,
     same_or_refuse,
@@ -95,9 +95,9 @@ def released(depth: int) -> DecoderConfig:
     return nanochat_v1(layers=depth, hidden=hidden, heads=max(1, -(-hidden // 128)))
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "nanochat_v1", hidden_act="relu2", attention_dropout=0.0)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="relu2")
     return nanochat_v1(
         **sizes_from_hf(hf),
         rope=rope_from_hf(hf),
@@ -203,6 +203,6 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=optimizer_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, hf_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "nanochat", config_from_hf, config_to_hf, hf_rules),
     nanochat=NanochatSpec(config_from_meta, key_rules, config_to_meta),
 )

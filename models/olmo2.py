@@ -6,10 +6,10 @@ normed over all heads together; sizes up to 13B have a key head for every query 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.norm import NormConfig
@@ -17,7 +17,6 @@ from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     dense,
-    expect,
     rope_from_hf,
     rope_to_hf,
     same_or_refuse,
@@ -81,9 +80,9 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "olmo2", hidden_act="silu")
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu")
     return olmo2(**sizes_from_hf(hf), rope=rope_from_hf(hf), bias=hf.get("attention_bias", False))
 
 
@@ -107,5 +106,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, decoder_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "olmo2", config_from_hf, config_to_hf, decoder_rules),
 )

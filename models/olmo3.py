@@ -6,11 +6,10 @@ for contexts beyond the 8192 tokens of pretraining. `7b` and `32b` are the relea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from nanovl.errors import ConfigError
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.norm import NormConfig
@@ -18,7 +17,6 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     dense,
-    expect,
     layer_ropes,
     layer_types,
     layer_types_to_hf,
@@ -26,6 +24,7 @@ from nanovl.models.hf_config import (
     sizes_from_hf,
     sizes_of,
     sizes_to_hf,
+    sliding_window,
     tiling,
 )
 from nanovl.models.hf_keys import decoder_rules
@@ -104,24 +103,23 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "olmo3", hidden_act="silu")
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu")
     theta = hf.get("rope_theta", THETA)
     if "rope_parameters" not in hf and theta != THETA:
         # transformers 5.23 would take it for full layers alone
-        raise ConfigError(
-            f"rope_theta = {theta} in config.json: of which layers? write rope_parameters for each type"
-        )
+        hf.refuse("rope_theta", "of which layers? write rope_parameters for each type")
     ropes = layer_ropes(hf, full=theta, sliding=THETA)
+    names = layer_types(hf, period=4)
     config = olmo3(
         **sizes_from_hf(hf),
-        window=hf["sliding_window"],
+        window=sliding_window(hf, names),
         rope=ropes["full"],
         sliding_rope=ropes["sliding"],
         bias=hf.get("attention_bias", False),
     )
-    config.pattern = tiling(layer_types(hf, period=4), PATTERN)
+    config.pattern = tiling(names, PATTERN)
     return config
 
 
@@ -151,5 +149,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, decoder_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "olmo3", config_from_hf, config_to_hf, decoder_rules),
 )

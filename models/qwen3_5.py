@@ -12,13 +12,13 @@ files also hold a vision tower, and are refused for that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.decoder import Decoder, DecoderConfig, adamw_groups
-from nanovl.models.hf_config import expect
 from nanovl.models.hf_keys import MLP, decoder_rules
 from nanovl.models.qwen3_next import (
     hybrid,
@@ -62,9 +62,9 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "qwen3_5", hidden_act="silu")
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu")
     return hybrid_from_hf(hf, MlpConfig(intermediate_size=hf["intermediate_size"]), MTP.depth)
 
 
@@ -102,5 +102,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP),
+    hf=HuggingFaceSpec(ARCHITECTURE, "qwen3_5_text", config_from_hf, config_to_hf, key_rules, mtp=MTP),
 )

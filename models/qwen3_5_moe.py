@@ -8,13 +8,12 @@ and the context are as in Qwen3.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.decoder import Decoder, DecoderConfig, adamw_groups
-from nanovl.models.hf_config import expect
 from nanovl.models.hf_keys import decoder_rules, expert_rules
 from nanovl.models.qwen3_5 import MTP, VOCAB, rules_apart
 from nanovl.models.qwen3_next import (
@@ -57,9 +56,10 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "qwen3_5_moe", hidden_act="silu", norm_topk_prob=True)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu", norm_topk_prob=True)
+    hf.ignore("intermediate_size")  # there are no layers without experts
     return hybrid_from_hf(hf, experts_from_hf(hf), MTP.depth)
 
 
@@ -85,5 +85,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MTP),
+    hf=HuggingFaceSpec(ARCHITECTURE, "qwen3_5_moe_text", config_from_hf, config_to_hf, key_rules, mtp=MTP),
 )

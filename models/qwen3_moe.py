@@ -6,17 +6,25 @@ weighed by the chosen scores over their sum; no shared expert. A config.json may
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
-from nanovl.models.hf_config import decoder_to_hf, expect, rope_from_hf, rope_to_hf, same_or_refuse, tiling
+from nanovl.models.hf_config import (
+    decoder_to_hf,
+    no_windows,
+    rope_from_hf,
+    rope_to_hf,
+    same_or_refuse,
+    tiling,
+)
 from nanovl.models.hf_keys import ATTENTION, MLP, decoder_rules, expert_rules
 from nanovl.models.qwen3 import ROPE, qwen3
 from nanovl.spec import HuggingFaceSpec, KeyGroup, KeyRule, ModelFamily
@@ -92,10 +100,14 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "qwen3_moe", hidden_act="silu", use_sliding_window=False)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu")
+    no_windows(hf)
     layers, step = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)
+    # transformers 5 writes the first, released files have the second
+    experts = hf["num_local_experts" if "num_local_experts" in hf else "num_experts"]
+    hf.expect(num_experts=experts)
     dense = {i for i in range(layers) if (i + 1) % step} | set(hf.get("mlp_only_layers") or ())
     return qwen3_moe(
         layers=layers,
@@ -104,8 +116,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         heads=hf["num_attention_heads"],
         kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        # transformers 5 writes the first, released files have the second
-        experts=hf["num_local_experts" if "num_local_experts" in hf else "num_experts"],
+        experts=experts,
         active=hf["num_experts_per_tok"],
         normed=hf.get("norm_topk_prob", False),
         dense_layers=dense,
@@ -182,5 +193,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, key_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "qwen3_moe", config_from_hf, config_to_hf, key_rules),
 )

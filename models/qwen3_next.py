@@ -17,13 +17,14 @@ the norms, and are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.errors import ConfigError
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.gated_delta_net import GatedDeltaNetConfig
@@ -35,7 +36,7 @@ from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_gro
 from nanovl.models.hf_config import (
     MTP_LAYERS,
     decoder_to_hf,
-    expect,
+    layer_types,
     mtp_of,
     rope_from_hf,
     rope_to_hf,
@@ -49,7 +50,7 @@ ARCHITECTURE = "Qwen3NextForCausalLM"
 ATTENTION = ("k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 """What checkpoints have as it is here."""
 PATTERN = ("linear", "linear", "linear", "full")
-LAYER_TYPES = {"linear": "linear_attention", "full": "full_attention"}
+LAYER_TYPES = {"linear_attention": "linear", "full_attention": "full"}
 QUARTER = 0.25
 """Share of a head's channels that turn."""
 ROPE = RopeConfig(theta=1e7, partial_rotary_factor=QUARTER)  # base unverified
@@ -141,15 +142,19 @@ FLAVORS = {
 
 
 def hybrid_from_hf(
-    hf: Mapping[str, Any], ffn: MlpConfig | MoeConfig, depth: str, *, theta: float = 10_000.0
+    hf: ConfigJson, ffn: MlpConfig | MoeConfig, depth: str, *, theta: float = 10_000.0
 ) -> DecoderConfig:
     """The config of a config.json of these families, whose key of the modules' number is `depth`; `theta` where it is
-    silent. Raises ConfigError."""
-    if (depths := hf.get(depth) or 0) > 1:
-        raise ConfigError(
-            f"{depth} = {depths}: modules of these checkpoints share one `mtp.fc` and its norms, which is not computed "
-            "here beyond one module"
+    silent."""
+    if (depths := hf.get(depth, 0)) > 1:
+        hf.refuse(
+            depth,
+            "modules of these checkpoints share one `mtp.fc` and its norms, which is not computed here beyond one "
+            "module",
         )
+    hf.expect(attn_output_gate=True, output_gate_type="swish")  # as released files of Qwen3.5 say
+    period = hf.get("full_attention_interval", len(PATTERN))
+    names = layer_types(hf, period=period, kinds=LAYER_TYPES)
     linear = GatedDeltaNetConfig(
         num_key_heads=hf["linear_num_key_heads"],
         num_value_heads=hf["linear_num_value_heads"],
@@ -166,26 +171,15 @@ def hybrid_from_hf(
         kv_heads=hf["num_key_value_heads"],
         head_dim=hf["head_dim"],
         vocab=hf["vocab_size"],
-        rope=rope_from_hf({"partial_rotary_factor": QUARTER, **hf}, theta=theta),
+        rope=rope_from_hf(hf, theta=theta, partial=QUARTER),
         eps=hf["rms_norm_eps"],
         context=hf["max_position_embeddings"],
         tie=hf.get("tie_word_embeddings", False),
         bias=hf.get("attention_bias", False),
     )
-    config.pattern = tiling(_layer_names(hf), PATTERN)
+    config.pattern = tiling(names, PATTERN)
     config.mtp = mtp_of(config, depths, "full")
     return config
-
-
-def _layer_names(hf: Mapping[str, Any]) -> list[str]:
-    named = hf.get("layer_types")
-    if named is None:
-        interval = hf.get("full_attention_interval", len(PATTERN))
-        return ["linear" if (i + 1) % interval else "full" for i in range(hf["num_hidden_layers"])]
-    names = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
-    if strange := sorted(set(named) - names.keys()):
-        raise ConfigError(f"layer_types in config.json: {', '.join(strange)} is none of {', '.join(names)}")
-    return [names[name] for name in named]
 
 
 def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str, depth: str) -> dict[str, Any]:
@@ -215,7 +209,7 @@ def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str, dept
         "partial_rotary_factor": 1.0 if full.rope is None else full.rope.partial_rotary_factor,
         "hidden_act": "silu",
         "attention_bias": full.qkv_bias,
-        "layer_types": [LAYER_TYPES[name] for name in config.layer_names()],
+        "layer_types": [f"{name}_attention" for name in config.layer_names()],
         "linear_num_key_heads": linear.num_key_heads,
         "linear_num_value_heads": linear.num_value_heads,
         "linear_key_head_dim": linear.key_head_dim,
@@ -229,8 +223,9 @@ def parts(
 ) -> tuple[GatedDeltaNetConfig, AttentionConfig, MlpConfig | MoeConfig]:
     """The two mixers and the MLP. Raises ConfigError where the layers are other ones."""
     blocks = config.blocks
-    linear, full = (blocks[name].mixer if name in blocks else None for name in LAYER_TYPES)
-    known = blocks.keys() == LAYER_TYPES.keys()
+    names = list(LAYER_TYPES.values())
+    linear, full = (blocks[name].mixer if name in blocks else None for name in names)
+    known = blocks.keys() == set(names)
     if not known or not isinstance(linear, GatedDeltaNetConfig) or not isinstance(full, AttentionConfig):
         raise ConfigError(
             f"model.blocks: wants `linear`, of gated_delta_net, and `full`, of attention, as {architecture} has"
@@ -238,7 +233,7 @@ def parts(
     return linear, full, blocks["full"].ffn
 
 
-def experts_from_hf(hf: Mapping[str, Any]) -> MoeConfig:
+def experts_from_hf(hf: ConfigJson) -> MoeConfig:
     """The experts of a config.json."""
     return MoeConfig(
         num_experts=hf["num_experts"],
@@ -262,7 +257,7 @@ def experts_to_hf(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "norm_topk_prob": ffn.norm_topk_prob,
         "shared_expert_intermediate_size": ffn.shared_expert_intermediate_size,
     }
-    plain = computed(experts_from_hf(said))
+    plain = computed(experts_from_hf(ConfigJson(said, architecture)))
     wrong = [
         f"model.blocks.full.ffn.{key} = {value!r}: cannot be written; {architecture} has {plain[key]!r} there"
         for key, value in computed(ffn).items()
@@ -365,9 +360,10 @@ def rows(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) ->
     return KeyGroup((f"model.layers.{{i}}.{theirs}",), names, split, join)
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "qwen3_next", hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=[])
+    hf.ignore("intermediate_size")  # there are no layers without experts
     return hybrid_from_hf(hf, experts_from_hf(hf), MTP_LAYERS)
 
 
@@ -402,6 +398,11 @@ FAMILY = ModelFamily(
     model=Decoder,
     optimizer_groups=adamw_groups,
     hf=HuggingFaceSpec(
-        ARCHITECTURE, config_from_hf, config_to_hf, key_rules, mtp=MtpFiles(MTP_LAYERS, module_apart)
+        ARCHITECTURE,
+        "qwen3_next",
+        config_from_hf,
+        config_to_hf,
+        key_rules,
+        mtp=MtpFiles(MTP_LAYERS, module_apart),
     ),
 )

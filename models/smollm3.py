@@ -5,10 +5,10 @@ Different from Llama: every fourth layer has no rotation, so no positions at all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
 from nanovl.models.blocks.mlp import MlpConfig
 from nanovl.models.blocks.norm import NormConfig
@@ -16,7 +16,7 @@ from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     dense,
-    expect,
+    no_windows,
     rope_from_hf,
     rope_to_hf,
     same_or_refuse,
@@ -82,9 +82,10 @@ FLAVORS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a config.json. Raises ConfigError for what this family does not compute."""
-    expect(hf, "smollm3", hidden_act="silu", use_sliding_window=False)
+def config_from_hf(hf: ConfigJson) -> DecoderConfig:
+    """The config of a config.json."""
+    hf.expect(hidden_act="silu")
+    no_windows(hf)
     bias, mlp_bias = hf.get("attention_bias", False), hf.get("mlp_bias", False)
     config = smollm3(
         **sizes_from_hf(hf, tie=True), rope=rope_from_hf(hf, theta=2e6), bias=bias, mlp_bias=mlp_bias
@@ -92,6 +93,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     interval = hf.get("no_rope_layer_interval", 4)
     # the name says the opposite: 1 is a layer that rotates
     rotates = hf.get("no_rope_layers") or [(i + 1) % interval for i in range(config.num_hidden_layers)]
+    if hf.get("no_rope_layers"):
+        hf.a_layer_each("no_rope_layers")
     config.pattern = tiling(["rope" if r else "nope" for r in rotates], PATTERN)
     return config
 
@@ -121,5 +124,5 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, config_from_hf, config_to_hf, decoder_rules),
+    hf=HuggingFaceSpec(ARCHITECTURE, "smollm3", config_from_hf, config_to_hf, decoder_rules),
 )

@@ -47,7 +47,10 @@ def family(name: str) -> ModelFamily:
 
 
 def family_of(architecture: str, model_type: str) -> ModelFamily:
-    """The family of a config.json: by its class, and by `model_type` where families share one. Raises ConfigError."""
+    """The family of a config.json: by its class, and by `model_type` where families share one; "" = it has none.
+
+    Raises ConfigError where they do not belong together.
+    """
     by_class: dict[str, dict[str, ModelFamily]] = {}
     for name in MODELS:
         found = family(name)
@@ -56,7 +59,7 @@ def family_of(architecture: str, model_type: str) -> ModelFamily:
     if architecture not in by_class:
         raise ConfigError(f"{architecture} is none of {', '.join(by_class)}")
     by_type = by_class[architecture]
-    if len(by_type) == 1:
+    if len(by_type) == 1 and not model_type:
         return next(iter(by_type.values()))
     if model_type not in by_type:
         raise ConfigError(f"model_type = {model_type!r}: {architecture} wants {' or '.join(by_type)}")

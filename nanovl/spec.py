@@ -11,7 +11,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.config.schema import OptimizerGroup
+from nanovl.errors import ConfigError
 
 IGNORE_INDEX = -100
 """Target that carries no loss."""
@@ -125,13 +127,14 @@ class HuggingFaceSpec:
 
     architecture: str
     """Class name in config.json, such as `Qwen3ForCausalLM`."""
-    config_from_hf: Callable[[Mapping[str, Any]], Any]
+    model_type: str
+    """`model_type` there, which also tells families of one class apart."""
+    read: Callable[[ConfigJson], Any]
+    """config.json -> config; notes there what is wrong with it. `ModelFamily.config_from_hf` is what others call."""
     config_to_hf: Callable[[Any], dict[str, Any]] | None
     """None where files are only read, since transformers has no such class."""
     key_rules: Callable[[Any], Sequence[KeyRule | KeyGroup]]
     """The key map of one config; tied weights are listed once, under the name on disk."""
-    model_type: str = ""
-    """`model_type` in config.json, which tells families of one class apart; "" where the class has one family."""
     mtp: MtpFiles | None = None
     """None where checkpoints of the family have no modules of multi-token prediction."""
     cut_dim: Callable[[str], int | None] | None = None
@@ -169,6 +172,19 @@ class ModelFamily:
     """None where transformers has no such class."""
     nanochat: NanochatSpec | None = None
     """None where nanochat never was of this kind."""
+
+    def config_from_hf(self, said: Mapping[str, Any]) -> Any:
+        """The config of a config.json. Raises ConfigError with everything in it that is wrong, or not computed here."""
+        assert self.hf is not None, self.name
+        hf = ConfigJson(said, self.name)
+        hf.expect(attention_dropout=0.0)
+        config = self.hf.read(hf)
+        try:
+            config.validate()
+        except ConfigError as error:
+            hf.finish(error.mistakes)
+        hf.finish()
+        return config
 
 
 @dataclass(frozen=True)

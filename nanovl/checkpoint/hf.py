@@ -60,11 +60,9 @@ def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
             # tensors alone know: transformers saves no modules, but their number; files of Qwen3-Next have one unsaid
             modules = _modules(stored_in(folder, files) if stored is None else stored, files.mtp, config)
             config[files.mtp.depth] = len(set(modules.values()))
-        return ModelSpec(found, files.config_from_hf(config))
-    except KeyError as error:
-        raise CheckpointError(f"{folder}/config.json: has no {error}") from None
+        return ModelSpec(found, found.config_from_hf(config))
     except ConfigError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
+        raise _in_config(folder, error) from None
 
 
 def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, HuggingFaceSpec]:
@@ -79,10 +77,15 @@ def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, Hug
             "computes, so those weights would be lost; save its language model alone, with transformers, and name that"
         )
     try:
-        found = family_of(architecture, config.get("model_type", ""))
+        found = family_of(architecture, config.get("model_type") or "")
     except ConfigError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
+        raise _in_config(folder, error) from None
     return config, found, _hf(found)
+
+
+def _in_config(folder: Path, error: ConfigError) -> CheckpointError:
+    head, lines = f"{folder}/config.json: ", error.mistakes
+    return CheckpointError(head + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)))
 
 
 def mtp_tensors(folder: Path, stored: Tensors) -> list[str]:
@@ -93,7 +96,10 @@ def mtp_tensors(folder: Path, stored: Tensors) -> list[str]:
 
 def _modules(stored: Tensors, files: MtpFiles, config: Mapping[str, Any]) -> dict[str, int]:
     """Tensor of a module of multi-token prediction -> the module."""
-    places = {name: files.module(name, config["num_hidden_layers"]) for name in stored.described}
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return {}  # refused where the config is read
+    places = {name: files.module(name, layers) for name in stored.described}
     return {name: place for name, place in places.items() if place is not None}
 
 

@@ -291,7 +291,7 @@ def test_what_transformers_cannot_say_is_refused(
     found = family(name)
     config = found.flavors["debug"]()
     assert found.hf is not None
-    assert found.hf.config_from_hf(found.hf.config_to_hf(config)) == config
+    assert found.config_from_hf(found.hf.config_to_hf(config)) == config
     if change is None:
         config.blocks[block].mixer = config.blocks["full"].mixer
     else:
@@ -305,12 +305,12 @@ def test_what_is_not_computed_here_is_refused() -> None:
     found = family("qwen3_next")
     assert found.hf is not None
     said = found.hf.config_to_hf(found.flavors["debug"]())
-    with pytest.raises(ConfigError, match=r"mlp_only_layers = \[1\] in config.json"):
-        found.hf.config_from_hf({**said, "mlp_only_layers": [1]})
+    with pytest.raises(ConfigError, match=r"mlp_only_layers = \[1\]: qwen3_next here computes \[\] alone"):
+        found.config_from_hf({**said, "mlp_only_layers": [1]})
     with pytest.raises(ConfigError, match="sliding_attention is none of linear_attention, full_attention"):
-        found.hf.config_from_hf({**said, "layer_types": ["sliding_attention"] * 4})
+        found.config_from_hf({**said, "layer_types": ["sliding_attention"] * 4})
     silent = {key: value for key, value in said.items() if key != "layer_types"}
-    assert found.hf.config_from_hf({**silent, "full_attention_interval": 2}).pattern == ["linear", "full"]
+    assert found.config_from_hf({**silent, "full_attention_interval": 2}).pattern == ["linear", "full"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,6 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import Attention, AttentionConfig, AttentionMeta, visible
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import inverse_frequencies
@@ -47,13 +48,15 @@ def test_frequencies_are_those_of_transformers(name: str, theta: float) -> None:
     hf = LlamaConfig(head_dim=64, max_position_embeddings=131072)
     hf.rope_parameters = dict(given)
     expected, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](hf, torch.device("cpu"))
-    found, found_factor = inverse_frequencies(rope_of(given, 131072), 64, torch.device("cpu"))
+    found, found_factor = inverse_frequencies(
+        rope_of(ConfigJson(given, "here"), 131072), 64, torch.device("cpu")
+    )
     assert found_factor == pytest.approx(factor, rel=1e-12)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
 
 
 def test_gpt_oss_sharpens_by_the_published_factor() -> None:
-    rope = rope_of({"rope_theta": 1.5e5, **ROPES["gpt-oss"]}, 131072)
+    rope = rope_of(ConfigJson({"rope_theta": 1.5e5, **ROPES["gpt-oss"]}, "here"), 131072)
     assert inverse_frequencies(rope, 64, torch.device("cpu"))[1] == pytest.approx(1.3465735902799727)
 
 
@@ -89,7 +92,7 @@ def hf_attention(kind: str, window: int | None) -> tuple[nn.Module, nn.Module, A
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            rope=rope_of(rope, 131072),
+            rope=rope_of(ConfigJson(rope, "here"), 131072),
             sliding_window=window,
             qkv_bias=True,
             o_bias=True,
@@ -104,7 +107,7 @@ def hf_attention(kind: str, window: int | None) -> tuple[nn.Module, nn.Module, A
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            rope=rope_of(rope, 128),
+            rope=rope_of(ConfigJson(rope, "here"), 128),
             sliding_window=window,
             qk_norm="head",
             qkv_bias=True,

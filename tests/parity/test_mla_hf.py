@@ -14,6 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from nanovl.checkpoint.key_map import KeyMap
+from nanovl.config.config_json import ConfigJson
 from nanovl.inference.engine import Engine
 from nanovl.models.blocks.attention import AttentionMeta
 from nanovl.models.blocks.mla import LatentAttention, MlaConfig
@@ -63,7 +64,7 @@ def pair(case: str, seed: int) -> tuple[DeepseekV3Attention, nn.Module, LatentAt
     config = MlaConfig(
         num_attention_heads=4,
         q_lora_rank=more["q_lora_rank"],
-        rope=rope_of(rope, 128),
+        rope=rope_of(ConfigJson(rope, "here"), 128),
         bias=more.get("attention_bias", False),
         **SIZES,
     )
@@ -107,7 +108,7 @@ def test_latent_attention_and_all_gradients(case: str, seed: int) -> None:
 
 
 def test_the_softmax_is_sharpened_as_published() -> None:
-    rope = rope_of({**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}, 163840)
+    rope = rope_of(ConfigJson({**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}, "here"), 163840)
     sizes = {**SIZES, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
     scale = MlaConfig(num_attention_heads=1, rope=rope, **sizes).scores.scale
     assert scale == pytest.approx(192**-0.5 * 1.3688879454113936**2)

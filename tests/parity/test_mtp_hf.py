@@ -223,7 +223,7 @@ def test_modules_that_are_not_there_are_not_asked_for(tmp_path: Path) -> None:
         num_hidden_layers=2,
         hidden_size=32,
         head_dim=8,
-        n_routed_experts=4,
+        n_routed_experts=8,
         moe_intermediate_size=16,
         vocab_size=VOCAB,
     )
