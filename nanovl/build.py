@@ -164,6 +164,18 @@ def build_optimizers(
     return optimizers
 
 
+def check_everywhere(job: Job, world_size: int) -> None:
+    """Raises ConfigError for what neither CPUs nor GPUs could train, as a run would; needs no process group."""
+    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = spec.family.model(spec.config)
+    on_cpu, on_gpu = (parallelism_mistakes(model, job, world_size, torch.device(d)) for d in ("cpu", "cuda"))
+    if wrong := [line for line in on_cpu if line in on_gpu]:
+        raise ConfigError(wrong, "parallelism")
+    if not job.tokenizer.path:  # else its vocabulary is not known yet
+        resolve_sizes(job, spec, world_size)
+
+
 def check_parallelism(job: Job, world_size: int, device: torch.device) -> None:
     """Raises ConfigError where the model cannot be cut as the job asks; needs no process group."""
     spec = resolve_model(job.model, job.tokenizer.vocab_size)

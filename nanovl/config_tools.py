@@ -99,17 +99,20 @@ def main(argv: list[str]) -> int:
     if argv[0] == "schema":
         out(json.dumps(json_schema(), indent=2))
         return 0
+    from nanovl.build import check_everywhere
     from nanovl.registry import read_job, resolve_model, spec_to_dict
 
     asked = parse_job_flags(
         argv[1:], f"config {argv[0]}", {"--world-size=N": "ranks to check the degrees and batch for"}
     )
-    job = read_job(asked.files, asked.flags, world_size=_world_size(asked.switches.get("--world-size", "1")))
+    world_size = _world_size(asked.switches.get("--world-size", "1"))
+    job = read_job(asked.files, asked.flags, world_size=world_size)
     if argv[0] == "show":
         shown: dict[str, Any] = job_to_dict(job)
         shown["model"] = spec_to_dict(resolve_model(job.model, job.tokenizer.vocab_size))
         out(json.dumps(shown, indent=2))
     else:
+        check_everywhere(job, world_size)
         out(f"ok: {' + '.join(asked.files) or 'the defaults'}")
     return 0
 

@@ -98,7 +98,11 @@ def resolve_model(model: Model, vocab_size: int | None) -> ModelSpec:
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(found.flavors)}"
         raise ConfigError(f"model.flavor = {flavor!r}: {found.name} has no such size; {hint}")
     given = {} if vocab_size is None else {"vocab_size": vocab_size}
-    config = _config(found, _overlay(asdict(found.flavors[flavor]()), {**given, **model.overrides}))
+    base = asdict(found.flavors[flavor]())
+    try:
+        config = _config(found, _overlay(base, {**given, **model.overrides}))
+    except ConfigError as error:
+        raise ConfigError(_unknown_blocks_named(error.mistakes, base, model.overrides)) from None
     if vocab_size is not None and config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
@@ -118,14 +122,32 @@ def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _config(found: ModelFamily, data: dict[str, Any]) -> Any:
-    config, mistakes = check_types(found.config, data, {}, prefix="model.")
-    if mistakes:
-        raise ConfigError(mistakes)
-    try:
-        config.validate()
-    except ConfigError as error:
-        raise ConfigError([f"model.{m}" for m in error.mistakes]) from None
-    return config
+    checked = check_types(found.config, data, {}, prefix="model.")
+    wrong = list(checked.mistakes)
+    if checked.built is not None:
+        try:
+            checked.built.validate()
+        except ConfigError as error:
+            wrong += checked.unaffected([f"model.{m}" for m in error.mistakes])
+    if wrong:
+        raise ConfigError(wrong)
+    return checked.built
+
+
+def _unknown_blocks_named(mistakes: list[str], base: dict[str, Any], over: dict[str, Any]) -> list[str]:
+    """`mistakes`, with one line for a block that the flavor lacks and nobody wrote whole, which is a misspelt one."""
+    blocks = over.get("blocks")
+    known = list(base.get("blocks", {}))
+    for name in blocks if isinstance(blocks, dict) else ():
+        start = f"model.blocks.{name}."
+        lacking = [m for m in mistakes if m.startswith(start) and ": missing;" in m]
+        if name not in known and lacking:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+            keys = ", ".join(m.removeprefix(start).partition(":")[0] for m in lacking)
+            line = f"model.blocks.{name}: the flavor has no such block; {hint} A new one needs {keys} too"
+            mistakes = [line, *(m for m in mistakes if m not in lacking)]
+    return mistakes
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

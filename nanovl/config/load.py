@@ -6,6 +6,7 @@ and a flag obey the same rules: strict types, no unknown key.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -24,6 +25,9 @@ from nanovl.errors import ConfigError
 
 Check = Callable[[Job], list[str]]
 """A rule over a whole job: returns its mistakes, each `dotted.key = value: what is wanted`."""
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+"""What pydantic calls keys that nobody knows, and keys that have to be there."""
 
 
 def load_job(
@@ -40,13 +44,14 @@ def load_job(
         _merge(data, _read_toml(Path(file)), origins, Path(file).name)
     mistakes = _apply_flags(data, flags, origins)
     source = " + ".join([str(f) for f in files] + (["flags"] if flags else [])) or "the defaults"
-    job, type_mistakes = check_types(Job, _fold_model(data), origins)
-    mistakes += type_mistakes
-    if job is not None:
+    checked = check_types(Job, _fold_model(data), origins)
+    mistakes += checked.mistakes
+    if checked.built is not None:
         for check in (lambda job: check_job(job, world_size), *checks):
-            mistakes += check(job)
-    if mistakes or job is None:
+            mistakes += checked.unaffected(check(checked.built))
+    if mistakes:
         raise ConfigError(list(dict.fromkeys(mistakes)), source)
+    job: Job = checked.built
     return job
 
 
@@ -56,18 +61,19 @@ def load_model(flags: Sequence[str]) -> Model:
     data: dict[str, Any] = {}
     mistakes = _apply_flags(data, flags, origins)
     mistakes += [f"{key}: belongs to a job; name one with --config FILE" for key in data if key != "model"]
-    job, type_mistakes = check_types(Job, _fold_model(data), origins)
-    if mistakes or type_mistakes or job is None:
-        raise ConfigError(mistakes + type_mistakes, "flags")
-    model: Model = job.model
+    checked = check_types(Job, _fold_model(data), origins)
+    if mistakes or checked.mistakes:
+        raise ConfigError(mistakes + checked.mistakes, "flags")
+    model: Model = checked.built.model
     return model
 
 
 def job_from_dict(data: dict[str, Any], source: str = "config.json") -> Job:
     """The job of a resolved `config.json`."""
-    job, mistakes = check_types(Job, _fold_model(data), {})
-    if job is None:
-        raise ConfigError(mistakes, source)
+    checked = check_types(Job, _fold_model(data), {})
+    if checked.mistakes:
+        raise ConfigError(checked.mistakes, source)
+    job: Job = checked.built
     return job
 
 
@@ -78,27 +84,80 @@ def job_to_dict(job: Job) -> dict[str, Any]:
     return data
 
 
-def check_types(
-    kind: type[Any], data: dict[str, Any], origins: dict[str, str], prefix: str = ""
-) -> tuple[Any, list[str]]:
-    """`kind` built from `data`, or None and one line a mistake; `prefix` stands before every dotted key."""
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check_types` found."""
+
+    built: Any
+    """Of what is right alone, with defaults for the rest; None where too little is."""
+    mistakes: list[str]
+    """One line each."""
+    at_fault: set[str]
+    """Names of the keys that are wrong, and of those that were meant."""
+
+    def unaffected(self, lines: Sequence[str]) -> list[str]:
+        """Mistakes of `built` that name no key at fault: these are mistakes of what was given, too."""
+        return [line for line in lines if not self.at_fault & set(re.findall(r"\w+", line))]
+
+
+def check_types(kind: type[Any], data: dict[str, Any], origins: dict[str, str], prefix: str = "") -> Checked:
+    """`kind` built from `data`; `prefix` stands before every dotted key."""
+    built, errors = _build(kind, data)
+    lines: list[str] = []
+    at_fault: set[str] = set()
+    for item in errors:
+        path = _path(item)
+        dotted = prefix + ".".join(map(str, path))
+        came_from = f" (from {origins[dotted]})" if dotted in origins else ""
+        near: list[str] = []
+        if item["type"] in UNKNOWN:
+            known = field_names(kind, item["loc"][:-1])
+            near = difflib.get_close_matches(str(path[-1]), known, 1)
+            lines.append(f"{dotted}: no such key{came_from}{_hint(near, known)}")
+        elif item["type"] in MISSING:
+            lines.append(f"{dotted}: missing; give it a value")
+        else:
+            lines.append(f"{dotted} = {item['input']!r}{came_from}: {_wanted(item)}")
+        at_fault |= {str(path[-1]), *near, *([str(out[-1])] if (out := _left_out(item)) else [])}
+    before: dict[str, Any] | None = None
+    while errors and before != data:
+        before, data = data, copy.deepcopy(data)
+        for item in errors:
+            _leave_out(data, _left_out(item))
+        built, errors = _build(kind, data)
+    return Checked(built, list(dict.fromkeys(lines)), at_fault)
+
+
+def _build(kind: type[Any], data: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """`kind` and no errors, or None and pydantic's."""
     try:
         # as JSON, since strict Python mode refuses a dict where a dataclass is wanted
         return _adapter(kind).validate_json(json.dumps(data, default=str), strict=True), []
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            loc = [part for part in item["loc"] if not _is_type_tag(part)]
-            dotted = prefix + ".".join(map(str, loc))
-            came_from = f" (from {origins[dotted]})" if dotted in origins else ""
-            if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                hint = _did_you_mean(str(loc[-1]), field_names(kind, item["loc"][:-1]))
-                lines.append(f"{dotted}: no such key{came_from}{hint}")
-            elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-                lines.append(f"{dotted}: missing; give it a value")
-            else:
-                lines.append(f"{dotted} = {item['input']!r}{came_from}: {_wanted(item)}")
-        return None, list(dict.fromkeys(lines))
+        return None, error.errors()
+
+
+def _path(item: Any) -> list[str | int]:
+    """Where the user wrote what pydantic's error is about."""
+    return [part for part in item["loc"] if not _is_type_tag(part)]
+
+
+def _left_out(item: Any) -> list[str | int]:
+    """What to build without, for an error: the key, or the table that lacks one; of a list all items, since those
+    behind would move up."""
+    path = _path(item)[: -1 if item["type"] in MISSING else None]
+    return path[:-1] if path and isinstance(path[-1], int) else path
+
+
+def _leave_out(data: dict[str, Any], path: Sequence[str | int]) -> None:
+    here: Any = data
+    for part in path[:-1]:
+        inside = (
+            part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        )
+        here = here[part] if inside else None
+    if path and isinstance(here, dict):
+        here.pop(path[-1], None)
 
 
 def field_names(kind: Any, path: Sequence[str | int]) -> list[str]:
@@ -265,8 +324,7 @@ def _is_type_tag(part: str | int) -> bool:
     )
 
 
-def _did_you_mean(given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, 1)
+def _hint(near: list[str], known: list[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; choose from {', '.join(known)}" if known else ""
