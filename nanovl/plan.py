@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     "--world-size=N": "ranks, one a GPU; 1 without it",
-    "--gpu=NAME": 'as torch reports it; "NVIDIA H100 80GB HBM3" without it',
+    "--gpu=NAME": "h100, h100-pcie, h200, h200-nvl, b200, a100, a100-40gb, a100-pcie, l40s, rtx4090, rtx5090, or as "
+    "torch reports it; h100 without it",
     "--gpus-per-node=N": "GPUs that reach each other by NVLink or PCIe; 8 without it",
     "--network=GB": "network of one GPU, GB/s in one direction; that of the vendor's node without it",
     "--mfu-ceiling=SHARE": "share of the GPU's peak that products reach when nothing waits; assumed 0.5 without it",
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     from nanovl.planning.hardware import gpu_called
     from nanovl.registry import read_job
 
-    gpu = gpu_called(given.get("--gpu", "NVIDIA H100 80GB HBM3"))
+    gpu = gpu_called(given.get("--gpu", "h100"))
     if "--network" in given:
         gpu = dataclasses.replace(gpu, network_rate=1e9 * _number(given, "--network", ""))
     job = read_job(asked.files, asked.flags, world_size=world_size)

@@ -63,16 +63,31 @@ GPUS = {
 }
 
 
+SHORT = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h200": "NVIDIA H200",
+    "h200-nvl": "NVIDIA H200 NVL",
+    "b200": "NVIDIA B200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "a100-pcie": "NVIDIA A100 80GB PCIe",
+    "l40s": "NVIDIA L40S",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+    "rtx5090": "NVIDIA GeForce RTX 5090",
+}
+"""What people call them."""
+
+
 def gpu_called(name: str) -> Gpu:
-    """Raises ConfigError with the nearest names."""
-    if name in GPUS:
-        return GPUS[name]
-    lowered = {known.lower(): known for known in GPUS}
-    near = [known for low, known in lowered.items() if name.lower() in low] or [
-        lowered[low] for low in difflib.get_close_matches(name.lower(), lowered, 3, 0.4)
-    ]
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(GPUS)}"
-    raise ConfigError(f"--gpu = {name!r}: its rates are not known; {hint}")
+    """The GPU of a short name or of the one that torch reports, in any case. Raises ConfigError with all names."""
+    names = {**{known.lower(): known for known in GPUS}, **SHORT}
+    if name.lower() in names:
+        return GPUS[names[name.lower()]]
+    near = difflib.get_close_matches(name.lower(), names, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    known = ", ".join(f"{short} ({full})" for short, full in SHORT.items())
+    raise ConfigError(f"--gpu = {name!r}: its rates are not known; {hint}There are {known}")
 
 
 def seconds(what: Collective, size: float, ranks: Sequence[int], gpu: Gpu, gpus_per_node: int) -> float:

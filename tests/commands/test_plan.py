@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from nanovl.cli import main
+from nanovl.config_tools import main as config
 from nanovl.errors import ConfigError
+from nanovl.plan import OPTIONS
 from nanovl.plan import main as plan
+from nanovl.planning.hardware import GPUS, SHORT, gpu_called
 
 CONFIG = ["--config", str(Path(__file__).parents[2] / "configs" / "debug.toml")]
 
@@ -86,8 +89,11 @@ def test_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpu=H100"], r"--gpu = 'H100': its rates are not known; did you mean .*'NVIDIA H100 PCIe'"),
-        (["--gpu=TPU"], "choose from NVIDIA H100 80GB HBM3, "),
+        (
+            ["--gpu=H10"],
+            r"--gpu = 'H10': its rates are not known; did you mean 'h100'\? There are h100 \(NVIDIA H1",
+        ),
+        (["--gpu=TPU"], r"not known; There are .*, rtx5090 \(NVIDIA GeForce RTX 5090\)"),
         (["--world-size=0"], "--world-size = '0': wants a whole number above 0"),
         (["--world-size=2.5"], "--world-size = '2.5': wants a whole number above 0"),
         (["--price=free"], "--price = 'free': wants a number above 0"),
@@ -102,11 +108,26 @@ def test_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
             ["--world-size=8", "--parallelism.pipeline_parallel_degree=8", "--model.num_hidden_layers=4"],
             "the model's 4 layers are too few for 8 stages",
         ),
+        (
+            ["--world-size=2", "--parallelism.expert_parallel_degree=2"],
+            "parallelism.expert_parallel_degree = 2: qwen3 has no experts; set it to 1",
+        ),
     ],
 )
 def test_refuses_what_training_would_refuse(flags: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         plan([*CONFIG, *flags])
+    if not any(flag.partition("=")[0] in ("--gpu", "--price", "--mfu-ceiling") for flag in flags):
+        with pytest.raises(ConfigError) as checked:
+            config(["check", *CONFIG, *flags])
+        assert str(checked.value) == str(caught.value)
+
+
+def test_gpus_have_short_names() -> None:
+    assert sorted(SHORT.values()) == sorted(GPUS)
+    assert all(short in OPTIONS["--gpu=NAME"] for short in SHORT)
+    for name in ("A100", "a100", "nvidia a100-sxm4-80gb"):
+        assert gpu_called(name).name == "NVIDIA A100-SXM4-80GB"
 
 
 def test_help_needs_no_torch() -> None:
