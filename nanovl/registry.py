@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nanovl.config.load import check_types, load_job
+from nanovl.config.load import load_job
 from nanovl.config.schema import Job, Model
+from nanovl.config.types import check_types
 from nanovl.errors import ConfigError
 from nanovl.spec import ModelFamily, ModelSpec
 
@@ -100,7 +101,7 @@ def resolve_model(model: Model, vocab_size: int | None) -> ModelSpec:
     given = {} if vocab_size is None else {"vocab_size": vocab_size}
     base = asdict(found.flavors[flavor]())
     try:
-        config = _config(found, _overlay(base, {**given, **model.overrides}))
+        config = _config(found, _overlay(base, {**given, **model.overrides}), base)
     except ConfigError as error:
         raise ConfigError(_unknown_blocks_named(error.mistakes, base, model.overrides)) from None
     if vocab_size is not None and config.vocab_size < vocab_size:
@@ -113,7 +114,7 @@ def resolve_model(model: Model, vocab_size: int | None) -> ModelSpec:
 def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
     """The architecture that a checkpoint's meta.json records, whatever defaults have become since."""
     found = family(data["name"])
-    return ModelSpec(found, _config(found, data["config"]), data.get("flavor", ""))
+    return ModelSpec(found, _config(found, data["config"], {}), data.get("flavor", ""))
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
@@ -121,8 +122,8 @@ def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
     return {"name": spec.family.name, "flavor": spec.flavor, "config": asdict(spec.config)}
 
 
-def _config(found: ModelFamily, data: dict[str, Any]) -> Any:
-    checked = check_types(found.config, data, {}, prefix="model.")
+def _config(found: ModelFamily, data: dict[str, Any], usual: Mapping[str, Any]) -> Any:
+    checked = check_types(found.config, data, {}, prefix="model.", usual=usual)
     wrong = list(checked.mistakes)
     if checked.built is not None:
         try:

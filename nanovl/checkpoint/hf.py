@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nanovl.checkpoint.tensors import (
     under_our_names,
     weights_of,
 )
+from nanovl.config.config_json import shown
 from nanovl.errors import CheckpointError, ConfigError
 from nanovl.registry import family_of
 from nanovl.spec import HuggingFaceSpec, ModelFamily, ModelSpec, MtpFiles
@@ -34,10 +35,16 @@ from nanovl.spec import HuggingFaceSpec, ModelFamily, ModelSpec, MtpFiles
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`folder`/config.json. Raises CheckpointError."""
+    file = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json: cannot be read: {error!r}") from None
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is not valid JSON: {error}; copy it again") from None
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{file}: {shown(said)} is no table of settings; copy it again")
+    return said
 
 
 def stored_in(folder: Path, files: HuggingFaceSpec | None = None) -> Tensors:
@@ -49,8 +56,8 @@ def stored_in(folder: Path, files: HuggingFaceSpec | None = None) -> Tensors:
     return CutFolder(folder, cut_dim) if cut_dim and is_cut(folder) else SafetensorsFolder(folder)
 
 
-def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
-    """The architecture that `folder`/config.json names; `stored` = the tensors there, if they were looked through.
+def spec_of_directory(folder: Path, stored: Callable[[], Tensors] | None = None) -> ModelSpec:
+    """The architecture that `folder`/config.json names; `stored()` = the tensors there, for who looks through them.
 
     Raises CheckpointError where no family here computes it.
     """
@@ -58,7 +65,7 @@ def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
     try:
         if files.mtp is not None:
             # tensors alone know: transformers saves no modules, but their number; files of Qwen3-Next have one unsaid
-            modules = _modules(stored_in(folder, files) if stored is None else stored, files.mtp, config)
+            modules = _modules(stored() if stored else stored_in(folder, files), files.mtp, config)
             config[files.mtp.depth] = len(set(modules.values()))
         return ModelSpec(found, found.config_from_hf(config))
     except ConfigError as error:
@@ -67,10 +74,13 @@ def spec_of_directory(folder: Path, stored: Tensors | None = None) -> ModelSpec:
 
 def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, HuggingFaceSpec]:
     config = read_config(folder)
-    try:
-        architecture = config["architectures"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json: names no architecture: {error!r}") from None
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        raise CheckpointError(
+            f"{folder}/config.json: architectures {f'= {shown(named)}' if named else 'is missing'}: wants a list with "
+            'the class of a language model, such as ["Qwen3ForCausalLM"]'
+        )
+    architecture = named[0]
     if also := [key for key in ("vision_config", "audio_config") if config.get(key)]:
         raise CheckpointError(
             f"{folder}/config.json: {architecture} has more than text ({', '.join(also)}), which nothing here "
@@ -111,8 +121,9 @@ def open_hf(folder: Path, spec: ModelSpec, stored: Tensors | None = None) -> Ren
     """
     files = _hf(spec.family)
     rules = files.key_rules(spec.config)
+    stored = stored_in(folder, files) if stored is None else stored
     try:
-        stored = dequantized(stored_in(folder, files) if stored is None else stored, read_config(folder))
+        stored = dequantized(stored, read_config(folder))
         stored = _less_tied_copies(stored, KeyMap(rules), spec)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None

@@ -142,9 +142,12 @@ class HuggingFace(Source):
     def find(cls, path: Path) -> Source | None:
         try:
             said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except OSError:
             return None
-        return cls(path) if isinstance(said, dict) and "architectures" in said else None
+        except ValueError:
+            said = None  # `spec` says so
+        ours = (path / "run.json").is_file() or (isinstance(said, dict) and "job" in said)
+        return None if ours else cls(path)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class HuggingFace(Source):
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return spec_of_directory(self.path, self.stored)
+        return spec_of_directory(self.path, lambda: self.stored)
 
     def weights(self, spec: ModelSpec) -> Tensors:
         return open_hf(self.path, spec, self.stored)

@@ -43,8 +43,7 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            f"{file}: no such file; name a folder that holds a tokenizer, or leave tokenizer.path empty to "
-            "train one with the run"
+            f"{file}: no such file; copy the tokenizer's files there, or name a folder that holds one"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); name a folder with a readable one") from None

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovl.checkpoint.hf import load_hf_weights, save_hf
+from nanovl.checkpoint.locate import find_source
 from nanovl.checkpoint.tensors import named_weights
-from nanovl.errors import CheckpointError
+from nanovl.errors import CheckpointError, ConfigError
 from nanovl.registry import family
 from nanovl.spec import KeyGroup, KeyRule, ModelSpec
+from nanovl.tokenizer.bpe import load_tokenizer
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -94,3 +96,52 @@ def test_a_tied_head_may_be_stored_once_more(tmp_path: Path) -> None:
         CheckpointError, match=r"lm_head.weight is not equal to model.embed_tokens.weight, though"
     ):
         load_hf_weights(tmp_path, again, tied)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config.json": '{"architectures": ['},
+            r"d/config\.json: is not valid JSON: .* line 1 .*; copy it again",
+        ),
+        ({"config.json": "[1]"}, r"d/config\.json: \[1\] is no table of settings"),
+        (
+            {"config.json": '{"model_type": "qwen3"}'},
+            r"config\.json: architectures is missing: wants a list with the cl",
+        ),
+        (
+            {"config.json": '{"architectures": "Qwen3"}'},
+            r"config\.json: architectures = 'Qwen3': wants a list with",
+        ),
+        ({"config.json": '{"job": {}}'}, "d: this run has no complete checkpoint yet"),
+        ({"config.json": "{", "run.json": "{}"}, "d: this run has no complete checkpoint yet"),
+        ({}, "d: neither a run folder, nor a checkpoint, nor a Hugging Face directory"),
+    ],
+)
+def test_what_a_folder_is_instead_of_a_model(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    (tmp_path / "d").mkdir()
+    for name, text in files.items():
+        (tmp_path / "d" / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        _ = find_source(tmp_path / "d").spec
+
+
+def test_a_cut_file_is_named_once(spec: ModelSpec, tmp_path: Path) -> None:
+    model = drawn(spec)
+    save_hf(tmp_path, named_weights(model), spec, torch.float32)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError) as error:
+        load_hf_weights(tmp_path, model, spec)
+    assert str(error.value).splitlines() == [
+        f"{tmp_path}: copy it again:",
+        f"  model.safetensors is damaged: it has {len(whole) - 4} bytes of {len(whole)}",
+    ]
+
+
+def test_a_missing_tokenizer_speaks_of_no_setting(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.json: no such file; copy the tokenizer's files there, or name a fo"
+    ):
+        load_tokenizer(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 
 from nanovl.config.load import job_from_dict, job_to_dict, load_job
 from nanovl.errors import ConfigError
+from nanovl.registry import read_job
 
 GOOD = """
 [[data.sources]]
@@ -122,9 +123,66 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert mistakes([tmp_path / "quikstart.toml"]) == [
         f"--config {tmp_path / 'quikstart.toml'}: no such file; did you mean {tmp_path / 'quickstart.toml'}?"
     ]
+    write(tmp_path / "quickstar.toml", "[project]\nname = 'x'\n")  # nearer, but no job
+    assert mistakes([tmp_path / "quickstar_.toml"])[0].endswith("quickstart.toml?")
+    assert mistakes([tmp_path / "nope.toml"]) == [f"--config {tmp_path / 'nope.toml'}: no such file"]
     broken = write(tmp_path / "broken.toml", "[training\nsteps = 1")
     assert "not valid TOML" in mistakes([broken])[0]
     assert "Is a directory" in mistakes([tmp_path])[0]
+
+
+def test_mistakes_of_all_kinds_come_together(tmp_path: Path) -> None:
+    """Unknown keys, wrong types, rules over sections, and rules of the model; none that only follows from another."""
+    flags = [
+        "--training.steqs=3",
+        "--training.seq_len=-1",
+        "--data.sources.0.weight=lots",
+        "--training.steps=x",
+    ]
+    flags += [
+        "--model.name=qwen3",
+        "--model.hiden_size=64",
+        "--model.blocks.full.mixer.num_key_value_heads=3",
+    ]
+    flags += ["--model.blocks.full.ffn.intermediate_size=wide", "--data.sources.0.kind=stdlib"]
+    with pytest.raises(ConfigError) as error:
+        read_job([], flags)
+    assert error.value.mistakes == [
+        "data.sources.0.weight = 'lots' (from flag): wants a number",
+        "training.steps = 'x' (from flag): wants a whole number",
+        "training.steqs: no such key (from flag); did you mean 'steps'?",
+        "training.seq_len = -1: wants a number above 0",
+        "validation.freq: there is no held-out text; set data.sources.N.holdout (such as 0.02), add "
+        "[[validation.sources]], or set validation.freq = 0",
+        "model.blocks.full.ffn.intermediate_size = 'wide': wants a whole number",
+        "model.hiden_size: no such key; did you mean 'hidden_size'?",
+        "model.blocks.full.mixer.num_key_value_heads = 3: wants a divisor of num_attention_heads = 16",
+    ]
+    # an item of a list takes the list with it: nothing is said of an empty one
+    job = write(tmp_path / "job.toml", "[training]\nseq_len = 0\n[data]\nsources = [3]\n")
+    assert mistakes([job]) == [
+        "data.sources.0 = 3 (from job.toml): wants a table",
+        "training.seq_len = 0: wants a number above 0",
+    ]
+
+
+def test_a_misspelt_block_is_told_from_a_new_one() -> None:
+    source = ["--data.sources.0.kind=stdlib", "--data.sources.0.holdout=0.1", "--model.name=qwen3"]
+    with pytest.raises(ConfigError) as error:
+        read_job([], [*source, "--model.blocks.ful.mixer.num_heads=2"])
+    assert error.value.mistakes == [
+        "model.blocks.ful: the flavor has no such block; did you mean 'full'? A new one needs "
+        "mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim, ffn too",
+        "model.blocks.ful.mixer.num_heads: no such key; did you mean 'num_key_value_heads'?",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"blocks\.x: the flavor has no such block; it has full\. A new one needs .*, ffn too",
+    ):
+        read_job([], [*source, '--model.blocks.x.mixer={kind = "mla"}'])
+    whole = ["num_attention_heads = 2", "num_key_value_heads = 2", "head_dim = 8"]
+    new = [f"--model.blocks.x.mixer={{{', '.join(whole)}}}", "--model.blocks.x.ffn={intermediate_size = 8}"]
+    assert "x" in read_job([], [*source, *new]).model.overrides["blocks"]
 
 
 def test_checks_of_other_rooms_join_the_list(good: Path) -> None:
