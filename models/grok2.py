@@ -21,9 +21,7 @@ Unverified, for want of the released files:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from nanovl.config.config_json import ConfigJson
 from nanovl.models.blocks.attention import AttentionConfig
@@ -105,7 +103,14 @@ FLAVORS = {
 }
 
 
-STRETCHING = "original_max_position_embeddings scaling_factor extrapolation_factor attn_factor beta_fast beta_slow".split()
+STRETCHING = (
+    "original_max_position_embeddings",
+    "scaling_factor",
+    "extrapolation_factor",
+    "attn_factor",
+    "beta_fast",
+    "beta_slow",
+)
 """Of a rotation that is not stretched, see above."""
 
 

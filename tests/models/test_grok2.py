@@ -252,7 +252,5 @@ def test_what_is_wrong_with_cut_files_is_listed(tmp_path: Path) -> None:
 
 def test_another_rotation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config_json(), "rope_type": "yarn"}))
-    with pytest.raises(
-        CheckpointError, match=r"rope_type = 'yarn': grok2 here computes 'original'"
-    ):
+    with pytest.raises(CheckpointError, match=r"rope_type = 'yarn': grok2 here computes 'original'"):
         spec_of_directory(tmp_path)
