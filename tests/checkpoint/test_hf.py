@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from nanovl.checkpoint.hf import load_hf_weights, save_hf
 from nanovl.checkpoint.locate import find_source
 from nanovl.checkpoint.tensors import named_weights
-from nanovl.errors import CheckpointError, ConfigError
+from nanovl.errors import CheckpointError
 from nanovl.registry import family
 from nanovl.spec import KeyGroup, KeyRule, ModelSpec
-from nanovl.tokenizer.bpe import load_tokenizer
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -138,10 +137,3 @@ def test_a_cut_file_is_named_once(spec: ModelSpec, tmp_path: Path) -> None:
         f"{tmp_path}: copy it again:",
         f"  model.safetensors is damaged: it has {len(whole) - 4} bytes of {len(whole)}",
     ]
-
-
-def test_a_missing_tokenizer_speaks_of_no_setting(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"tokenizer\.json: no such file; copy the tokenizer's files there, or name a fo"
-    ):
-        load_tokenizer(tmp_path)
