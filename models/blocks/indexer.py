@@ -9,7 +9,7 @@ transformers, without the Hadamard rotation and the 8-bit floats of DeepSeek's k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -96,8 +96,17 @@ def index_scores(scores_BCIS: Tensor, weights_BCI: Tensor) -> Tensor:
     return torch.einsum("bci,bcis->bcs", weights_BCI, scores_BCIS)
 
 
+def chunks(tokens: int, numbers_a_token: int) -> Iterator[slice]:
+    """`tokens` queries in pieces of NUMBERS_AT_ONCE numbers at most, one query at least."""
+    size = max(1, NUMBERS_AT_ONCE // numbers_a_token)
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
 @torch.no_grad()
-def chosen(index: Index, mask: Tensor | None, topk: int) -> Tensor | None:
+def chosen(
+    index: Index, mask: Tensor | None, topk: int, in_chunks: Callable[[int, int], Iterable[slice]] = chunks
+) -> Tensor | None:
     """`mask` less the keys that are not among a query's best `topk`, [B, 1, T, S]; as it is where all fit.
 
     Without a mask there are as many queries as keys, and each sees those before it and itself.
@@ -106,7 +115,7 @@ def chosen(index: Index, mask: Tensor | None, topk: int) -> Tensor | None:
     if keys <= topk:
         return mask
     parts = []
-    for rows in chunks(index.q_BTID.shape[1], index.weights_BTI[:, 0].numel() * keys):
+    for rows in in_chunks(index.q_BTID.shape[1], index.weights_BTI[:, 0].numel() * keys):
         seen_BCS = visible_to(rows, mask, keys, index.k_BSD.device)
         score_BCS = index_scores(head_scores(index, rows), head_weights(index, rows))
         score_BCS = score_BCS.masked_fill(~seen_BCS, float("-inf"))
@@ -122,10 +131,3 @@ def visible_to(rows: slice, mask: Tensor | None, keys: int, device: torch.device
         return mask[:, 0, rows]
     query_C = torch.arange(rows.start, rows.stop, device=device)
     return (torch.arange(keys, device=device) <= query_C[:, None])[None]
-
-
-def chunks(tokens: int, numbers_a_token: int) -> Iterator[slice]:
-    """`tokens` queries in pieces of NUMBERS_AT_ONCE numbers at most, one query at least."""
-    size = max(1, NUMBERS_AT_ONCE // numbers_a_token)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))

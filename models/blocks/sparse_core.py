@@ -50,6 +50,7 @@ class SparseCore(AttentionCore):
     ) -> None:
         super().__init__(window, num_key_value_heads, head_dim, scores, value_dim)
         self.indexer = indexer
+        self.chunks = chunks  # how queries are taken piece by piece
         self.loss = None if indexer.index_loss == "none" else IndexLoss(scores)
 
     def forward(  # type: ignore[override]
@@ -60,7 +61,7 @@ class SparseCore(AttentionCore):
         learns = self.loss is not None and self.loss.step_tokens > 0 and index.q_BTID.requires_grad
         loss = self.loss if learns else None
         if loss is None or self.indexer.index_loss == "sparse":
-            mask = chosen(index, mask, self.indexer.index_topk)
+            mask = chosen(index, mask, self.indexer.index_topk, self.chunks)
         out_BTHD = attend(q_BTHD, k_BSHD, v_BSHD, mask, is_causal=mask is None, scores=self.scores)
         if loss is None:
             return out_BTHD
@@ -75,6 +76,7 @@ class IndexLoss(nn.Module):
     def __init__(self, scores: Scores) -> None:
         super().__init__()
         self.scores = scores
+        self.chunks = chunks
         # attention weights of this rank's heads [B, C, S] -> of all; a child, so that parallelisms can sum them
         self.all_heads = nn.Identity()
         self.share = 1.0  # of this rank, where others compute the same
@@ -106,7 +108,7 @@ class IndexLoss(nn.Module):
             torch.zeros_like(index.k_BSD, dtype=torch.float32),
         )
         dq, dw = [], []
-        for rows in chunks(tokens, batch * max(heads, index_heads) * keys):
+        for rows in self.chunks(tokens, batch * max(heads, index_heads) * keys):
             seen_BCS = visible_to(rows, mask, keys, q_BTHD.device)
             p_BCS = self.attended(q_BTHD[:, rows], k_BSHD, seen_BCS)
             score_BCIS, w_BCI = head_scores(index, rows), head_weights(index, rows)

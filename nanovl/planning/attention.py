@@ -11,16 +11,20 @@ of torch 2.13 with the cuDNN it brings along (sdp_utils.cpp; 2.14 will group hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from nanovl.models.blocks import kernels
 from nanovl.models.blocks.attention import AttentionCore
+from nanovl.models.blocks.indexer import chunks
+from nanovl.models.blocks.sparse_core import IndexLoss, SparseCore
+from nanovl.planning.ledger import Ledger
 
 # B batch, H query heads, T query tokens, S key tokens, D head channels
 
@@ -30,6 +34,9 @@ Fused = Literal["cudnn", "flash", "efficient", "math"]
 
 def attend_as_on(capability: Capability, part: nn.Module, *, deterministic: bool) -> None:
     """Let the attention cores of `part` believe that they are on such a GPU."""
+    for module in part.modules():
+        if isinstance(module, SparseCore | IndexLoss):
+            module.chunks = in_few
     for core in (module for module in part.modules() if isinstance(module, AttentionCore)):
         core.forward = _under(GpuAttention(capability, deterministic=deterministic), core.forward)  # type: ignore[method-assign]
 
@@ -42,6 +49,20 @@ def _under(mode: TorchFunctionMode, forward: Callable[..., Tensor]) -> Callable[
             return forward(*args, **kwargs)
 
     return run
+
+
+def in_few(tokens: int, numbers_a_token: int) -> Iterator[slice]:
+    """The chunks of an indexer, most of them as one, which is not looked at: chunks of one size cost the same, and no
+    more is alive than in the last. Long rows have thousands."""
+    pieces = list(chunks(tokens, numbers_a_token))
+    (ledger,) = (mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Ledger))
+    if len(pieces) > 4:
+        ledger.looks = False
+        yield slice(0, pieces[-4].stop)
+        yield pieces[-3]  # what the large one left behind goes here
+        ledger.looks = True
+        pieces = pieces[-2:]
+    yield from pieces
 
 
 class GpuAttention(TorchFunctionMode):

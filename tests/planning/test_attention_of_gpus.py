@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nanovl.models.blocks import indexer
 from nanovl.models.blocks.attention import Scores, attend
+from nanovl.planning import attention
 from nanovl.planning.attention import Capability, GpuAttention, chosen
+from nanovl.planning.estimate import question
+from nanovl.planning.hardware import GPUS
 from nanovl.planning.ledger import Ledger
+from nanovl.planning.rank import plan_rank
+from nanovl.registry import read_job
 
 A100, H100, RTX_4090 = (8, 0), (9, 0), (8, 9)
 B, T, H = 2, 64, 8
@@ -105,3 +112,17 @@ def test_kernel_is_the_one_torch_would_choose(
     assert found(torch.bfloat16) == expected
     assert found(torch.bfloat16, deterministic=True) != "cudnn"
     assert found(torch.float32) == ("efficient" if kv_heads == H else "math")
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_few_chunks_of_an_indexer_stand_for_all(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 chunks of queries 4 are run, and 13 as one that is not looked at."""
+    config = Path(__file__).parents[2] / "configs" / "debug.toml"
+    flags = ["--model.name=deepseek_v32", "--model.flavor=debug", "--model.num_hidden_layers=2"]
+    job = read_job([config], [*flags, f"--activation_checkpoint.mode={mode}"])
+    asked = question(job, 1, GPUS["NVIDIA H100 80GB HBM3"])
+    rows, heads, keys = 2, 16, 128
+    monkeypatch.setattr(indexer, "NUMBERS_AT_ONCE", 8 * rows * heads * keys)
+    few = plan_rank(asked, 0)
+    monkeypatch.setattr(attention, "in_few", indexer.chunks)
+    assert plan_rank(asked, 0) == few
