@@ -59,13 +59,13 @@ def said(one: ModelFamily) -> list[str]:
         f"{flavor} ({short(count)})" for flavor, count in sorted(counts.items(), key=lambda item: item[1])
     ]
     shown = f"{sizes[0]} to {sizes[-1]}, {len(sizes)} in all" if len(sizes) > 6 else ", ".join(sizes)
-    named = "" if one.hf is None else f"`{one.hf.architecture}`"
+    named = f"`{one.hf.architecture}`" if one.hf is not None and one.hf.config_to_hf else ""
     return [f"`{one.name}`", one.summary, shown, named]
 
 
 def checkpoints(one: ModelFamily) -> str:
     """Which files go in and out."""
-    ways = [] if one.hf is None else ["in, out"]
+    ways = [] if one.hf is None else ["in, out" if one.hf.config_to_hf else "in"]
     if one.nanochat is not None:
         ways.append("`.pt` in" if one.nanochat.config_to_meta is None else "`.pt` in, out")
     return "; ".join(ways) or ""
