@@ -28,6 +28,7 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     MTP_LAYERS,
+    body_of,
     decoder_to_hf,
     mtp_of,
     rope_from_hf,
@@ -269,14 +270,9 @@ def first_dense_to_hf(
             scale=moe.routed_scaling_factor,
             normed=moe.norm_topk_prob,
         ),
-        layers=config.num_hidden_layers,
         dense_layers=dense_layers,
-        hidden=config.hidden_size,
         ffn=ffn.intermediate_size,
-        vocab=config.vocab_size,
-        eps=config.norm.eps,
-        context=config.max_position_embeddings,
-        tie=config.tie_word_embeddings,
+        **body_of(config),
     )
     depths = config.mtp.num_layers if config.mtp else 0
     plain.mtp = mtp_of(config, depths, "moe")

@@ -24,7 +24,7 @@ from nanovl.models.deepseek_v3 import (
     first_dense_to_hf,
     parts,
 )
-from nanovl.models.hf_config import rope_from_hf
+from nanovl.models.hf_config import heads_of, rope_from_hf
 from nanovl.models.hf_keys import (
     ATTENTION,
     MLP,
@@ -122,18 +122,12 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     mixer = config.blocks["moe"].mixer if "moe" in config.blocks else None
     if not isinstance(mixer, AttentionConfig):
         raise ConfigError(f"model.blocks.moe.mixer: wants kind = 'attention', as {ARCHITECTURE} has")
-    plain = attention(
-        mixer.num_attention_heads,
-        mixer.num_key_value_heads,
-        mixer.head_dim,
-        rope=mixer.rope,
-        normed=mixer.qk_norm == "head",
-        bias=mixer.qkv_bias,
-    )
+    normed = mixer.qk_norm == "head"
+    plain = attention(**heads_of(mixer), rope=mixer.rope, normed=normed, bias=mixer.qkv_bias)
     return {
         **first_dense_to_hf(config, plain, ARCHITECTURE, "glm4_moe"),
         "partial_rotary_factor": 1.0 if mixer.rope is None else mixer.rope.partial_rotary_factor,
-        "use_qk_norm": mixer.qk_norm == "head",
+        "use_qk_norm": normed,
         "attention_bias": mixer.qkv_bias,
     }
 

@@ -27,7 +27,9 @@ from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
+    body_of,
     decoder_to_hf,
+    heads_of,
     layer_types,
     rope_from_hf,
     rope_parameters,
@@ -158,21 +160,14 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         raise ConfigError(f"model.blocks: wants `sliding`, of attention and moe, as {ARCHITECTURE} has")
     mixer, moe = block.mixer, block.ffn
     plain = gpt_oss(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
         expert_ffn=moe.moe_intermediate_size,
-        heads=mixer.num_attention_heads,
-        kv_heads=mixer.num_key_value_heads,
-        head_dim=mixer.head_dim,
         experts=moe.num_experts,
         active=moe.num_experts_per_tok,
-        vocab=config.vocab_size,
         window=mixer.sliding_window,
         rope=mixer.rope,
-        eps=config.norm.eps,
-        context=config.max_position_embeddings,
-        tie=config.tie_word_embeddings,
         bias=mixer.qkv_bias,
+        **heads_of(mixer),
+        **body_of(config),
     )
     same_or_refuse(config, plain, ARCHITECTURE)
     return {

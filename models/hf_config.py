@@ -57,17 +57,27 @@ def sizes_from_hf(hf: ConfigJson, *, tie: bool = False) -> dict[str, Any]:
 def sizes_of(config: DecoderConfig, architecture: str) -> dict[str, Any]:
     """The same arguments from a config. Raises ConfigError where it has experts."""
     mixer, ffn = dense(config, architecture)
+    return {**body_of(config), **heads_of(mixer), "ffn": ffn.intermediate_size}
+
+
+def body_of(config: DecoderConfig) -> dict[str, Any]:
+    """The arguments that builders of all families have."""
     return {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
-        "ffn": ffn.intermediate_size,
-        "heads": mixer.num_attention_heads,
-        "kv_heads": mixer.num_key_value_heads,
-        "head_dim": mixer.head_dim,
         "vocab": config.vocab_size,
         "eps": config.norm.eps,
         "context": config.max_position_embeddings,
         "tie": config.tie_word_embeddings,
+    }
+
+
+def heads_of(mixer: AttentionConfig) -> dict[str, Any]:
+    """Those of attention's sizes."""
+    return {
+        "heads": mixer.num_attention_heads,
+        "kv_heads": mixer.num_key_value_heads,
+        "head_dim": mixer.head_dim,
     }
 
 

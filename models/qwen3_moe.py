@@ -18,7 +18,9 @@ from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
+    body_of,
     decoder_to_hf,
+    heads_of,
     no_windows,
     rope_from_hf,
     rope_to_hf,
@@ -137,23 +139,16 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     ffn = config.blocks["dense"].ffn if dense else None
     width = ffn.intermediate_size if isinstance(ffn, MlpConfig) else moe.moe_intermediate_size
     plain = qwen3_moe(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
         expert_ffn=moe.moe_intermediate_size,
-        heads=mixer.num_attention_heads,
-        kv_heads=mixer.num_key_value_heads,
-        head_dim=mixer.head_dim,
         experts=moe.num_experts,
         active=moe.num_experts_per_tok,
         normed=moe.norm_topk_prob,
         dense_layers=dense,
         ffn=width,
-        vocab=config.vocab_size,
         rope=mixer.rope,
-        eps=config.norm.eps,
-        context=config.max_position_embeddings,
-        tie=config.tie_word_embeddings,
         bias=mixer.qkv_bias,
+        **heads_of(mixer),
+        **body_of(config),
     )
     same_or_refuse(config, plain, ARCHITECTURE)
     return {

@@ -35,7 +35,9 @@ from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     MTP_LAYERS,
+    body_of,
     decoder_to_hf,
+    heads_of,
     layer_types,
     mtp_of,
     rope_from_hf,
@@ -185,21 +187,7 @@ def hybrid_from_hf(
 def hybrid_to_hf(config: DecoderConfig, architecture: str, model_type: str, depth: str) -> dict[str, Any]:
     """The config.json of `config`, but for its MLPs. Raises ConfigError where it cannot say the same."""
     linear, full, ffn = parts(config, architecture)
-    plain = hybrid(
-        ffn,
-        linear,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=full.num_attention_heads,
-        kv_heads=full.num_key_value_heads,
-        head_dim=full.head_dim,
-        vocab=config.vocab_size,
-        rope=full.rope,
-        eps=config.norm.eps,
-        context=config.max_position_embeddings,
-        tie=config.tie_word_embeddings,
-        bias=full.qkv_bias,
-    )
+    plain = hybrid(ffn, linear, rope=full.rope, bias=full.qkv_bias, **heads_of(full), **body_of(config))
     plain.mtp = mtp_of(config, 1 if config.mtp else 0, "full")
     same_or_refuse(config, plain, architecture)
     return {
