@@ -24,6 +24,7 @@ from nanovl.convert_tools import main
 from nanovl.errors import CheckpointError, RunError
 from nanovl.log import progress
 from nanovl.registry import resolve_model
+from nanovl.run import Run
 from nanovl.tokenizer.bpe import Tokenizer
 
 
@@ -89,6 +90,10 @@ def test_a_job_that_nobody_knows_is_not_made_up(experts_directory: Path, tmp_pat
     nanovl.convert(experts_directory, tmp_path / "run", to="run")
     assert [*(tmp_path / "run").rglob("config.json")] == []
     assert nanovl.load(tmp_path / "run", device="cpu").job is None
+    with pytest.raises(
+        RunError, match=r"run holds weights alone, without a job; begin a run of its own with --chec"
+    ):
+        Run(tmp_path / "run").require_fresh(resume=True)
 
 
 def test_two_conversions_to_one_folder_do_not_meet(experts_directory: Path, tmp_path: Path) -> None:
