@@ -77,6 +77,16 @@ def logits_of_depths(model: AnyModel) -> list[Tensor]:
     return [logits[:, : TOKENS - k] for k, logits in enumerate(found, 1)]
 
 
+def assert_returns(folder: Path, model: AnyModel, depths: int) -> None:
+    """What was written of `model` is read bit-equal, as many modules as there are."""
+    again = spec_of_directory(folder)
+    assert again.config.mtp == MtpConfig(num_layers=depths)
+    back = again.family.model(again.config)
+    load_hf_weights(folder, back, again)
+    for key, value in named_weights(back).items():
+        assert torch.equal(value, named_weights(model)[key]), key
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_logits_of_the_first_depth_and_checkpoints(name: str, tmp_path: Path) -> None:
@@ -96,12 +106,7 @@ def test_logits_of_the_first_depth_and_checkpoints(name: str, tmp_path: Path) ->
     assert (found - expected).abs().max() < LIMIT
     assert expected.std() > 0.1
 
-    again = spec_of_directory(tmp_path)
-    assert again.config.mtp == MtpConfig(num_layers=1)
-    back = again.family.model(again.config)
-    load_hf_weights(tmp_path, back, again)
-    for key, value in named_weights(back).items():
-        assert torch.equal(value, named_weights(model)[key]), key
+    assert_returns(tmp_path, model, depths=1)
 
 
 @pytest.mark.slow
@@ -138,12 +143,7 @@ def test_a_checkpoint_returns(name: str, tmp_path: Path) -> None:
         assert torch.equal(stored[f"model.layers.{place}.shared_head.head.weight"], model.lm_head.weight)
         shared = model.get_submodule(f"mtp.{place}").norm.weight
         assert torch.equal(stored[f"model.layers.{place}.shared_head.norm.weight"], shared)
-    again = spec_of_directory(tmp_path)
-    assert again.config.mtp == MtpConfig(num_layers=2)
-    back = again.family.model(again.config)
-    load_hf_weights(tmp_path, back, again)
-    for key, value in named_weights(back).items():
-        assert torch.equal(value, named_weights(model)[key]), key
+    assert_returns(tmp_path, model, depths=2)
 
 
 QWEN = ["qwen3_next", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)]
@@ -192,12 +192,7 @@ def test_the_module_of_qwen_and_its_checkpoints(name: str, tmp_path: Path) -> No
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("num_nextn_predict_layers" if name == "qwen3_next" else "mtp_num_hidden_layers") == 1
     (tmp_path / "config.json").write_text(json.dumps(config))  # as released: the tensors say it
-    again = spec_of_directory(tmp_path)
-    assert again.config.mtp == MtpConfig(num_layers=1)
-    back = again.family.model(again.config)
-    load_hf_weights(tmp_path, back, again)
-    for key, value in named_weights(back).items():
-        assert torch.equal(value, named_weights(model)[key]), key
+    assert_returns(tmp_path, model, depths=1)
 
 
 def test_modules_of_qwen_that_share_more_than_is_computed_are_refused(tmp_path: Path) -> None:
