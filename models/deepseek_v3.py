@@ -14,6 +14,7 @@ Unverified, for want of the released files: Moonlight's eps (1e-6 is the class's
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nanovl.config.config_json import ConfigJson
@@ -145,6 +146,11 @@ def small_latent(rope: RopeConfig) -> MlaConfig:
     )
 
 
+def small_experts() -> MoeConfig:
+    """Few of them, in groups."""
+    return experts(8, 2, 32, groups=4, topk_groups=2, scale=2.5)
+
+
 def yarn(factor: float, original: int, *, theta: float = 1e4, beta_fast: float = 32.0) -> RopeConfig:
     """YaRN whose sharpening is all in the softmax's scale."""
     scaling = RopeScaling(
@@ -158,9 +164,10 @@ def yarn(factor: float, original: int, *, theta: float = 1e4, beta_fast: float =
     return RopeConfig(theta=theta, scaling=scaling)
 
 
-FLAVORS = {
-    "671b-a37b": lambda: first_dense(
-        latent(128, yarn(40.0, 4096)),
+def released(mixer: MlaConfig) -> DecoderConfig:
+    """DeepSeek-V3 around such attention."""
+    return first_dense(
+        mixer,
         experts(256, 8, 2048, groups=8, topk_groups=4, scale=2.5),
         layers=61,
         dense_layers=3,
@@ -168,7 +175,14 @@ FLAVORS = {
         ffn=18432,
         vocab=129280,
         context=163840,
-    ),
+    )
+
+
+small = partial(first_dense, layers=4, dense_layers=1, hidden=64, ffn=128, vocab=512, context=128)
+"""Mixer, experts -> the same, small."""
+
+FLAVORS = {
+    "671b-a37b": lambda: released(latent(128, yarn(40.0, 4096))),
     # Moonlight
     "16b-a3b": lambda: first_dense(
         latent(16, RopeConfig(theta=5e4), q_rank=None),
@@ -180,16 +194,7 @@ FLAVORS = {
         vocab=163840,
         context=8192,
     ),
-    "debug": lambda: first_dense(
-        small_latent(yarn(4.0, 32)),
-        experts(8, 2, 32, groups=4, topk_groups=2, scale=2.5),
-        layers=4,
-        dense_layers=1,
-        hidden=64,
-        ffn=128,
-        vocab=512,
-        context=128,
-    ),
+    "debug": lambda: small(small_latent(yarn(4.0, 32)), small_experts()),
 }
 
 

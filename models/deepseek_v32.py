@@ -23,12 +23,13 @@ from nanovl.models.deepseek_v3 import (
     DERIVED,
     INIT,
     LATENT,
-    experts,
-    first_dense,
     first_dense_from_hf,
     first_dense_to_hf,
     latent,
     main_rules,
+    released,
+    small,
+    small_experts,
     small_latent,
     yarn,
 )
@@ -55,26 +56,8 @@ def indexed(mixer: MlaConfig, heads: int, head_dim: int, topk: int) -> MlaConfig
 
 
 FLAVORS = {
-    "671b-a37b": lambda: first_dense(
-        indexed(latent(128, yarn(40.0, 4096)), 64, 128, 2048),
-        experts(256, 8, 2048, groups=8, topk_groups=4, scale=2.5),
-        layers=61,
-        dense_layers=3,
-        hidden=7168,
-        ffn=18432,
-        vocab=129280,
-        context=163840,
-    ),
-    "debug": lambda: first_dense(
-        indexed(small_latent(yarn(4.0, 32)), 16, 16, 16),
-        experts(8, 2, 32, groups=4, topk_groups=2, scale=2.5),
-        layers=4,
-        dense_layers=1,
-        hidden=64,
-        ffn=128,
-        vocab=512,
-        context=128,
-    ),
+    "671b-a37b": lambda: released(indexed(latent(128, yarn(40.0, 4096)), 64, 128, 2048)),
+    "debug": lambda: small(indexed(small_latent(yarn(4.0, 32)), 16, 16, 16), small_experts()),
 }
 
 

@@ -9,6 +9,7 @@ transformers' class defaults are no released model: those have biases and base 1
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from nanovl.config.config_json import ConfigJson
@@ -23,6 +24,7 @@ from nanovl.models.deepseek_v3 import (
     first_dense_from_hf,
     first_dense_to_hf,
     parts,
+    small,
 )
 from nanovl.models.hf_config import heads_of, rope_from_hf
 from nanovl.models.hf_keys import (
@@ -63,43 +65,23 @@ def attention(
     )
 
 
+# GLM-4.5 of any size
+glm = partial(first_dense, eps=1e-5, vocab=151552, context=131072, init=INIT)
 FLAVORS = {
     # GLM-4.5-Air
-    "106b-a12b": lambda: first_dense(
-        attention(96),
-        experts(128, 8, 1408),
-        layers=46,
-        dense_layers=1,
-        hidden=4096,
-        ffn=10944,
-        vocab=151552,
-        eps=1e-5,
-        context=131072,
-        init=INIT,
+    "106b-a12b": lambda: glm(
+        attention(96), experts(128, 8, 1408), layers=46, dense_layers=1, hidden=4096, ffn=10944
     ),
-    "355b-a32b": lambda: first_dense(
+    "355b-a32b": lambda: glm(
         attention(96, normed=True),
         experts(160, 8, 1536, scale=2.5),
         layers=92,
         dense_layers=3,
         hidden=5120,
         ffn=12288,
-        vocab=151552,
-        eps=1e-5,
-        context=131072,
-        init=INIT,
     ),
-    "debug": lambda: first_dense(
-        attention(8, 4, 16, normed=True),
-        experts(8, 2, 32, scale=2.5),
-        layers=4,
-        dense_layers=1,
-        hidden=64,
-        ffn=128,
-        vocab=512,
-        eps=1e-5,
-        context=128,
-        init=INIT,
+    "debug": lambda: small(
+        attention(8, 4, 16, normed=True), experts(8, 2, 32, scale=2.5), eps=1e-5, init=INIT
     ),
 }
 

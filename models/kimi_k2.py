@@ -20,6 +20,7 @@ from nanovl.models.deepseek_v3 import (
     first_dense,
     key_rules,
     latent,
+    small,
     small_latent,
     yarn,
 )
@@ -37,15 +38,8 @@ FLAVORS = {
         vocab=163840,
         context=131072,
     ),
-    "debug": lambda: first_dense(
-        small_latent(yarn(4.0, 32, theta=5e4, beta_fast=1.0)),
-        experts(12, 2, 32, scale=2.827),
-        layers=4,
-        dense_layers=1,
-        hidden=64,
-        ffn=128,
-        vocab=512,
-        context=128,
+    "debug": lambda: small(
+        small_latent(yarn(4.0, 32, theta=5e4, beta_fast=1.0)), experts(12, 2, 32, scale=2.827)
     ),
 }
 
