@@ -29,6 +29,7 @@ from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     MTP_LAYERS,
+    body_from_hf,
     body_of,
     decoder_to_hf,
     mtp_of,
@@ -239,15 +240,10 @@ def first_dense_from_hf(
     config = first_dense(
         mixer,
         moe,
-        layers=hf["num_hidden_layers"],
         dense_layers=min(hf["first_k_dense_replace"], hf["num_hidden_layers"]),
-        hidden=hf["hidden_size"],
         ffn=hf["intermediate_size"],
-        vocab=hf["vocab_size"],
-        eps=hf["rms_norm_eps"],
-        context=hf["max_position_embeddings"],
-        tie=hf.get("tie_word_embeddings", False),
         init=init,
+        **body_from_hf(hf),
     )
     config.mtp = mtp_of(config, hf.get(MTP_LAYERS) or 0, "moe")
     return config

@@ -27,6 +27,7 @@ from nanovl.models.blocks.norm import NormConfig
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
+    body_from_hf,
     body_of,
     decoder_to_hf,
     heads_of,
@@ -132,22 +133,17 @@ def config_from_hf(hf: ConfigJson) -> DecoderConfig:
     )
     names = layer_types(hf, period=len(PATTERN))
     config = gpt_oss(
-        layers=hf["num_hidden_layers"],
-        hidden=hf["hidden_size"],
         expert_ffn=hf["intermediate_size"],
         heads=hf["num_attention_heads"],
         kv_heads=hf["num_key_value_heads"],
         head_dim=hf["head_dim"],
         experts=hf["num_local_experts"],
         active=hf["num_experts_per_tok"],
-        vocab=hf["vocab_size"],
         window=sliding_window(hf, names),
         # transformers stretches where the file is silent
         rope=rope_from_hf(hf, theta=ROPE.theta, silent=rope_parameters(ROPE)),
-        eps=hf["rms_norm_eps"],
-        context=hf["max_position_embeddings"],
-        tie=hf.get("tie_word_embeddings", False),
         bias=hf.get("attention_bias", True),
+        **body_from_hf(hf),
     )
     config.pattern = tiling(names, PATTERN)
     return config

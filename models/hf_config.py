@@ -41,12 +41,19 @@ def sizes_from_hf(hf: ConfigJson, *, tie: bool = False) -> dict[str, Any]:
     """Arguments of a family's builder from config.json; `tie` = what the class does where the file is silent."""
     heads = hf["num_attention_heads"]
     return {
-        "layers": hf["num_hidden_layers"],
-        "hidden": hf["hidden_size"],
+        **body_from_hf(hf, tie=tie),
         "ffn": hf["intermediate_size"],
         "heads": heads,
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+    }
+
+
+def body_from_hf(hf: ConfigJson, *, tie: bool = False) -> dict[str, Any]:
+    """Those that builders of all families have."""
+    return {
+        "layers": hf["num_hidden_layers"],
+        "hidden": hf["hidden_size"],
         "vocab": hf["vocab_size"],
         "eps": hf["rms_norm_eps"],
         "context": hf["max_position_embeddings"],
@@ -61,7 +68,7 @@ def sizes_of(config: DecoderConfig, architecture: str) -> dict[str, Any]:
 
 
 def body_of(config: DecoderConfig) -> dict[str, Any]:
-    """The arguments that builders of all families have."""
+    """The same as of `body_from_hf`."""
     return {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,

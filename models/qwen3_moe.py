@@ -18,6 +18,7 @@ from nanovl.models.blocks.moe import MoeConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
+    body_from_hf,
     body_of,
     decoder_to_hf,
     heads_of,
@@ -112,8 +113,6 @@ def config_from_hf(hf: ConfigJson) -> DecoderConfig:
     hf.expect(num_experts=experts)
     dense = {i for i in range(layers) if (i + 1) % step} | set(hf.get("mlp_only_layers") or ())
     return qwen3_moe(
-        layers=layers,
-        hidden=hf["hidden_size"],
         expert_ffn=hf["moe_intermediate_size"],
         heads=hf["num_attention_heads"],
         kv_heads=hf["num_key_value_heads"],
@@ -123,12 +122,9 @@ def config_from_hf(hf: ConfigJson) -> DecoderConfig:
         normed=hf.get("norm_topk_prob", False),
         dense_layers=dense,
         ffn=hf["intermediate_size"],
-        vocab=hf["vocab_size"],
         rope=rope_from_hf(hf),
-        eps=hf["rms_norm_eps"],
-        context=hf["max_position_embeddings"],
-        tie=hf.get("tie_word_embeddings", False),
         bias=hf.get("attention_bias", False),
+        **body_from_hf(hf),
     )
 
 

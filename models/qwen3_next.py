@@ -35,6 +35,7 @@ from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig, adamw_groups
 from nanovl.models.hf_config import (
     MTP_LAYERS,
+    body_from_hf,
     body_of,
     decoder_to_hf,
     heads_of,
@@ -167,17 +168,12 @@ def hybrid_from_hf(
     config = hybrid(
         ffn,
         linear,
-        layers=hf["num_hidden_layers"],
-        hidden=hf["hidden_size"],
         heads=hf["num_attention_heads"],
         kv_heads=hf["num_key_value_heads"],
         head_dim=hf["head_dim"],
-        vocab=hf["vocab_size"],
         rope=rope_from_hf(hf, theta=theta, partial=QUARTER),
-        eps=hf["rms_norm_eps"],
-        context=hf["max_position_embeddings"],
-        tie=hf.get("tie_word_embeddings", False),
         bias=hf.get("attention_bias", False),
+        **body_from_hf(hf),
     )
     config.pattern = tiling(names, PATTERN)
     config.mtp = mtp_of(config, depths, "full")
