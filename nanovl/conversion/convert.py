@@ -92,7 +92,10 @@ class Plan:
     def mapping(self) -> list[str]:
         """A line for each group of tensors, as read and as written: names, shapes, dtypes. Then what is left away."""
         tables = [part for part in _renamed(self.tensors) if any(g.theirs != g.ours for g in part.groups)]
-        lines = [line for part in tables or _renamed(self.tensors)[:1] for line in part.mapping()]
+        lines = []
+        for part in tables or _renamed(self.tensors)[:1]:
+            title = "reading:" if part.to_ours else "writing:"
+            lines += [*([title] if len(tables) > 1 else []), *part.mapping()]
         return [*lines, *(f"{name} -> left away" for name in self.model.left_away)]
 
     def summary(self) -> str:
@@ -158,16 +161,17 @@ def new_folder(dst: Path) -> Iterator[Path]:
     lock = os.open(draft, os.O_RDONLY)
     try:
         _lock(lock, dst)
-        require_new(dst)  # it may have come while others held the lock
-        for path in draft.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
+            require_new(dst)  # it may have come while others held the lock
+            for path in draft.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield draft
             for path in (*draft.rglob("*"), draft):
                 _flush(path)
             draft.rename(dst)
         except BaseException:
-            shutil.rmtree(draft)
+            if draft.exists():
+                shutil.rmtree(draft)
             raise
         _flush(draft.parent)
     finally:

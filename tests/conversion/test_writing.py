@@ -117,6 +117,14 @@ def test_a_folder_that_came_meanwhile_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
+def test_a_folder_in_use_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("")
+    with pytest.raises(RunError, match="out is in use"), new_folder(tmp_path / "out"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_room_on_the_disk_is_looked_for_first(
     experts_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,3 +174,6 @@ def test_a_mapping_has_one_table(
         lines: list[Any] = capsys.readouterr().out.splitlines()
         assert len([one for one in lines if "embed_tokens" in one]) == 1
         assert any(re.fullmatch(line, one) for one in lines)
+    assert main([str(experts_directory), "--to", "hf", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines.count("writing:")) == ("reading:", 1)
