@@ -122,6 +122,7 @@ def _as_rank(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # for the world that comes next, which may be a real one
 
 
 def _plan_rank(asked: PlannedJob, rank: int) -> RankPlan:
