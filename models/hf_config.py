@@ -167,6 +167,8 @@ def rope_from_hf(
         "partial_rotary_factor": hf.get("partial_rotary_factor", partial),
     }
     old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
+    if old and new and any(new[key] != old[key] for key in old.keys() & new.keys()):
+        hf.refuse("rope_parameters", "rope_scaling, which transformers prefers, says something else")
     if not old and not new and "rope_parameters" not in hf:
         top |= silent or {}
     return rope_of(

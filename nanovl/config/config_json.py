@@ -171,7 +171,7 @@ class ConfigJson(Mapping[str, Any]):
 
     def a_layer_each(self, key: str) -> bool:
         """Whether the list `key` has an entry for each layer; a mistake if not."""
-        layers, given = self["num_hidden_layers"], self._said[key]
+        layers, given = self["num_hidden_layers"], self[key]
         if len(given) != layers and self.sound("num_hidden_layers") and self.sound(key):
             self.refuse(key, f"has {len(given)} entries; wants {layers}, one for each of num_hidden_layers")
         return len(given) == layers

@@ -1,6 +1,8 @@
 """config.json files as they are out there, and everything that can be wrong with one."""
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,14 @@ def test_no_key_is_both_read_and_harmless() -> None:
             {"sliding_window": None},
             ["sliding_window = None: wants a whole number above 0, since some layers"],
         ),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 16.0}},
+            [
+                "rope_parameters = {'rope_type': 'yarn', 'factor': 16.0}: rope_scaling, which transformers prefers"
+            ],
+        ),
+        ("gpt_oss", {"layer_types": 3}, ["layer_types = 3: wants a list of texts"]),
         ("gpt_oss", {"experts_per_token": 8}, ["experts_per_token = 8: gpt_oss here computes 4 alone"]),
         ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers = [1, 0]: has 2 entries; wants 36"]),
         (
@@ -315,6 +325,29 @@ def test_everything_wrong_is_said_at_once(name: str, change: dict[str, Any], lin
     assert len(found) == len(lines), found
     for line in lines:
         assert any(have.startswith(line) for have in found), (line, found)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_no_value_ends_in_a_traceback(name: str) -> None:
+    """Every key of a file, and of its tables, with values of every type: read or refused, and if refused by its key."""
+    found = family(name)
+    assert found.hf is not None
+    assert found.hf.config_to_hf is not None
+    said = found.hf.config_to_hf(next(reversed(found.flavors.values()))())
+    unnamed = []
+    paths = [[key] for key in said]
+    paths += [[key, below] for key, table in said.items() if isinstance(table, dict) for below in table]
+    for path in paths:
+        for value in ("x", "4", -1, 0, None, [], {}, 1.5, True, [1], ["x"], {"a": 1}, math.nan):
+            wrong = copy.deepcopy(said)
+            table = wrong[path[0]] if len(path) == 2 else wrong
+            table[path[-1]] = value
+            try:
+                found.config_from_hf(wrong)
+            except ConfigError as error:
+                if not any(key in str(error) for key in path):
+                    unnamed.append((path, value, str(error)))
+    assert not unnamed
 
 
 def test_the_file_is_named(tmp_path: Path) -> None:
