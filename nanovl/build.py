@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from nanovl import dist
-from nanovl.checkpoint.locate import find_source
-from nanovl.checkpoint.tensors import weights_of
 from nanovl.config.check import check_job, data_parallel_degree
 from nanovl.config.schema import Job
 from nanovl.data.documents import training_texts
 from nanovl.device import Modes
 from nanovl.errors import ConfigError
+from nanovl.initial import load_initial, tokenizer_folder, tokens_learnt
 from nanovl.log import Log
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
 from nanovl.optim.build import Optimizers
-from nanovl.optim.groups import shorten
 from nanovl.optim.scaling import SizeRules, horizon_tokens, size_rules
 from nanovl.parallelisms.apply import parallelism_mistakes, parallelize
 from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.registry import resolve_model
 from nanovl.run import Run
-from nanovl.spec import ModelSpec, computed, expert_layers, ungrown
+from nanovl.spec import ModelSpec, expert_layers
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
 from nanovl.tokenizer.train import train_tokenizer
 
 
 def build_tokenizer(job: Job, run: Run, rank: int, log: Log) -> AnyTokenizer:
-    """The run's own tokenizer: a copy of `tokenizer.path`, or trained by rank 0. All ranks call it."""
+    """The run's own tokenizer: a copy of the one it begins with, or trained by rank 0. All ranks call it."""
     if rank == 0 and not run.tokenizer.exists():
-        if job.tokenizer.path:
-            tokenizer = load_tokenizer(Path(job.tokenizer.path))
+        if (folder := tokenizer_folder(job)) is not None:
+            tokenizer = load_tokenizer(folder)
+            log.say(f"  tokenizer {folder}: {tokenizer.vocab_size:,} entries")
+            learnt = tokens_learnt(job)
+            if learnt is not None and learnt[1].hash() != tokenizer.hash():
+                log.warn(
+                    f"  tokenizer.path is another one than that of the weights, {learnt[0]}: they have learnt its ids"
+                )
         else:
             settings = job.tokenizer
             log.say(f"  tokenizer training {settings.vocab_size:,} entries with {settings.trainer}")
@@ -111,37 +114,6 @@ def build_model(
     return parallel
 
 
-def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -> None:
-    """Begin with the weights at `checkpoint.initial_load_path`, and with fresh ones in parts that these lack."""
-    path, grow = Path(job.checkpoint.initial_load_path), job.checkpoint.initial_load_grow
-    source = find_source(path)
-    given = source.spec
-    known = replace(spec, config=ungrown(spec.config, given.config)) if grow else spec
-    if wrong := differences(given, known):
-        raise ConfigError(wrong, f"checkpoint.initial_load_path: {path} holds another model than [model]")
-    fresh = weights_of(spec).keys() - weights_of(known).keys()
-    if grow and not fresh:
-        raise ConfigError(
-            f"checkpoint.initial_load_grow = true: {path} has every part of the model; leave it out"
-        )
-    for part in parallel.parts:
-        init_weights(part, job.debug.seed, fresh)
-    source.fill(parallel.whole, known, fresh)
-    log.say(f"  weights   {path}" + (f"; fresh: {shorten(sorted(fresh))}" if fresh else ""))
-
-
-def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:
-    """Fields in which the weights of `given` compute something else than `wanted`, one line each."""
-    if given.family.model is not wanted.family.model:
-        return [f"model.name = {wanted.family.name!r}: it is a {given.family.name}"]
-    found, asked = computed(given.config), computed(wanted.config)
-    return [
-        f"model.{key} = {asked.get(key)!r}: it has {found.get(key)!r}"
-        for key in sorted(found.keys() | asked.keys())
-        if found.get(key) != asked.get(key)
-    ]
-
-
 def build_optimizers(
     job: Job, spec: ModelSpec, model: ParallelModel, rules: SizeRules, modes: Modes, log: Log
 ) -> Optimizers:
@@ -172,7 +144,7 @@ def check_everywhere(job: Job, world_size: int) -> None:
     on_cpu, on_gpu = (parallelism_mistakes(model, job, world_size, torch.device(d)) for d in ("cpu", "cuda"))
     if wrong := [line for line in on_cpu if line in on_gpu]:
         raise ConfigError(wrong, "parallelism")
-    if not job.tokenizer.path:  # else its vocabulary is not known yet
+    if not (job.tokenizer.path or job.checkpoint.initial_load_path):  # else its vocabulary is not known yet
         resolve_sizes(job, spec, world_size)
 
 

@@ -24,6 +24,7 @@ from nanovl.data.pack import Tokens
 from nanovl.data.shards import SUFFIX, write_shard
 from nanovl.data.sources import OpenSource, training_sources
 from nanovl.errors import ConfigError, DataError, RunError
+from nanovl.initial import tokenizer_folder
 from nanovl.log import out
 from nanovl.registry import read_job
 from nanovl.run import Run
@@ -168,10 +169,10 @@ def _shards(source: OpenSource, tokenizer: Encoder, shard_tokens: int) -> Iterat
 
 
 def _tokenizer(job: Job) -> AnyTokenizer:
-    """The one that `tokenizer.path` names, else one learned from the job's text, as training would."""
+    """The one that the job begins with, else one learned from its text, as training would."""
+    if (folder := tokenizer_folder(job)) is not None:
+        return load_tokenizer(folder)
     settings = job.tokenizer
-    if settings.path:
-        return load_tokenizer(settings.path)
     out(f"training a tokenizer of {settings.vocab_size:,} entries; name one in tokenizer.path to spare that")
     return train_tokenizer(
         training_texts(job),

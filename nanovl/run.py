@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 
 from nanovl.config.load import job_from_dict, job_to_dict
 from nanovl.config.schema import Job
-from nanovl.errors import RunError
+from nanovl.errors import ConfigError, RunError
 
 _PACKAGES = ("nanovl", "torch", "torchtitan", "tokenizers", "tiktoken", "rustbpe", "pyarrow", "numpy")
 
@@ -50,7 +51,7 @@ class Run:
 
     def is_used(self) -> bool:
         """Whether a run has started here."""
-        return self.config.exists()
+        return os.path.exists(self.config)  # which a path that cannot be is not, either
 
     def is_of_this_launch(self) -> bool:
         """Whether torchrun or slurm has started this process again to go on with what its own launch began here.
@@ -65,7 +66,8 @@ class Run:
 
     def require_fresh(self, resume: bool) -> None:
         """Raises RunError where a fresh run would overwrite one, or a resumed one has nothing to resume."""
-        if self.folder.exists() and not self.folder.is_dir():
+        there = os.path.exists(self.folder)
+        if there and not self.folder.is_dir():
             raise RunError(f"job.run_dir: {self.folder} is a file; choose a folder with --job.run_dir=...")
         if resume and not self.is_used():
             if self.checkpoints.is_dir():  # converted from elsewhere
@@ -74,11 +76,23 @@ class Run:
                     f"--checkpoint.initial_load_path={self.folder}"
                 )
             raise RunError(f"--resume: {self.folder} holds no run; start it without --resume")
-        if not resume and self.folder.exists() and any(self.folder.iterdir()):
+        if not resume and there and any(self.folder.iterdir()):
             state = "is in use; continue it with --resume," if self.is_used() else "holds files but no run;"
             raise RunError(
                 f"job.run_dir: {self.folder} {state} remove it, or choose another with --job.run_dir=..."
             )
+
+    def make(self) -> None:
+        """Make the folder. Raises ConfigError where nothing can be written to it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"job.run_dir = {str(self.folder)!r}: cannot be written to ({error.strerror}); choose a folder of your "
+                "own with --job.run_dir=..."
+            ) from None
 
     def write_job(self, job: Job, files: Sequence[str | Path]) -> None:
         """Keep the job: the files as given, and every field resolved."""

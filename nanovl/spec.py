@@ -314,6 +314,14 @@ class Model(nn.Module, ABC):
             if module is not self and callable(init):
                 init(device)
 
+    def counter_names(self) -> set[str]:
+        """Persistent buffers that modules declare as `counters`, which remember steps of training. Weights may lack
+        them, or have them unasked, since they may begin anew."""
+        declared = [
+            (prefix, name) for prefix, m in self.named_modules() for name in getattr(m, "counters", ())
+        ]
+        return {f"{prefix}.{name}" for prefix, name in declared} & self.state_dict().keys()
+
     @abstractmethod
     def begin(self, inputs: Inputs) -> Stream:
         """The stream before the first block."""

@@ -21,7 +21,7 @@ from nanovl.build import (
     check_parallelism,
     resolve_sizes,
 )
-from nanovl.checkpoint.manager import Checkpointer, committed
+from nanovl.checkpoint.manager import Checkpointer, committed, resumable_meta
 from nanovl.config.schema import Job
 from nanovl.data.loader import Loader
 from nanovl.device import (
@@ -39,6 +39,7 @@ from nanovl.flops import attended_keys, reachable_keys, training_flops_per_token
 from nanovl.hang import HangWatch, record_collectives
 from nanovl.header import say_header
 from nanovl.heldout import Heldout
+from nanovl.initial import check_initial
 from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
@@ -71,6 +72,12 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
         run.require_fresh(resume)
     device = pick_device(world.local_rank)
     check_parallelism(job, world.size, device)
+    if world.rank == 0:
+        if found := committed(run.checkpoints)[-1:] if resume else []:
+            resumable_meta(found[0])
+        else:
+            check_initial(job)
+        run.make()
     if world.size > 1:
         record_collectives(run.folder / "traces", job.comm.trace_buf_size)
     dist.start(device, job.comm.init_timeout_seconds)
@@ -134,7 +141,8 @@ class Trainer:
         self.mesh = build_mesh(job.parallelism, self.world.size, device)
         resumed_from = self._checkpoint_to_resume(resume)
         if self.main:
-            run.write_job(job, config_files)
+            if resumed_from is None:  # else only once the checkpoint has been found to fit
+                run.write_job(job, config_files)
             run.begin(hardware(device), self.world.size, str(self.mesh))
         with dist.patience(job.comm.outside_timeout_seconds, job.comm.init_timeout_seconds):
             self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
@@ -142,7 +150,6 @@ class Trainer:
         self.job, rules = resolve_sizes(job, self.spec, self.world.size)
         self._decide_numbers()
         if self.main:
-            run.write_job(self.job, config_files)
             run.note(
                 param_dtype=str(self.modes.param_dtype).removeprefix("torch."), compiled=self.modes.compile
             )
@@ -154,6 +161,7 @@ class Trainer:
         if resumed_from is not None:
             self._resume(resumed_from)
         if self.main:
+            run.write_job(self.job, config_files)
             truncate_after(run.metrics, self.step)
             truncate_after(run.folder / "samples.jsonl", self.step)
         self.metrics = Metrics(run.folder if self.main else None, self.job.metrics.tensorboard)

@@ -48,6 +48,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Token -> its experts and their weights."""
 
+    counters = ("load",)  # of the step before: without it the auxiliary loss misses a step
     expert_bias: Tensor | None
     load: Tensor | None
     tally: Tensor

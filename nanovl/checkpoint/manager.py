@@ -78,6 +78,17 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def resumable_meta(checkpoint: Path) -> dict[str, Any]:
+    """The same of a checkpoint that training can go on from. Raises CheckpointError where it holds weights alone."""
+    meta = read_meta(checkpoint)
+    if meta.get("weights_only"):
+        raise CheckpointError(
+            f"{checkpoint}: was converted, so it holds no optimizer and no place in the data to resume from; "
+            "start a new run with checkpoint.initial_load_path"
+        )
+    return meta
+
+
 @dataclass(frozen=True)
 class Restored:
     """What `load` gives back besides filling model and optimizers."""
@@ -158,12 +169,7 @@ class Checkpointer:
 
     def load(self, checkpoint: Path) -> Restored:
         """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
-        meta = read_meta(checkpoint)
-        if meta.get("weights_only"):
-            raise CheckpointError(
-                f"{checkpoint}: was converted, so it holds no optimizer and no place in the data to resume from; "
-                "start a new run with checkpoint.initial_load_path"
-            )
+        meta = resumable_meta(checkpoint)
         state = {"model": _model_state(self.model), "optimizer": self._optimizer_state()}
         _read_state(checkpoint, state, whole=True)
         set_model_state_dict(self.model, state["model"], options=_CHECKED)
@@ -204,11 +210,13 @@ def save_weights(folder: Path, weights: Tensors, meta: Mapping[str, Any], *, pla
     _flush_folder(folder)
 
 
-def load_weights(checkpoint: Path, model: nn.Module, without: Collection[str] = ()) -> None:
-    """Fill `model` alone, but for the tensors called `without`, from `checkpoint`, of any mesh. Raises CheckpointError
-    listing every key at fault."""
-    state = {"model": {name: value for name, value in _model_state(model).items() if name not in without}}
-    _read_state(checkpoint, state, whole=False)
+def load_weights(
+    checkpoint: Path, model: nn.Module, fresh: Collection[str] = (), unused: Collection[str] = ()
+) -> None:
+    """Fill `model` alone, but for the tensors called `fresh`, from `checkpoint`, of any mesh, whose tensors called
+    `unused` it lacks. Raises CheckpointError listing every other key at fault."""
+    state = {"model": {name: value for name, value in _model_state(model).items() if name not in fresh}}
+    _read_state(checkpoint, state, whole=False, unused=[MODEL + name for name in unused])
     set_model_state_dict(model, state["model"], options=_CHECKED)
 
 
@@ -231,8 +239,11 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in tied}
 
 
-def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None:
-    """dcp.load into `state`, after comparing names and shapes; `whole` = some rank must want every stored key.
+def _read_state(
+    checkpoint: Path, state: dict[str, Any], *, whole: bool, unused: Collection[str] = ()
+) -> None:
+    """dcp.load into `state`, after comparing names and shapes; `whole` = some rank must want every stored key, else
+    every one of the model but those `unused`.
 
     All ranks raise if one has to.
     """
@@ -240,7 +251,7 @@ def _read_state(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None
     stored = read_metadata(reader, checkpoint / "state").state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
     wrong = [f"missing {key}" for key in wanted if key not in stored]
-    known = [key for key in sorted(stored) if whole or key.startswith(MODEL)]
+    known = [key for key in sorted(stored) if whole or (key.startswith(MODEL) and key not in unused)]
     wrong += [f"unexpected {key}" for key in _wanted_nowhere(known, wanted)]
     for key, value in wanted.items():
         size = getattr(stored.get(key), "size", None)

@@ -54,10 +54,10 @@ class Source(ABC):
         where there are none."""
         raise CheckpointError(f"{self.path}: has no modules of multi-token prediction to leave away")
 
-    def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
-        """Load the weights into `model`, plain, sharded, or a pipeline's part, which may have more: the tensors called
-        `without`. Raises as `weights`."""
-        fill(model, self.weights(spec))
+    def fill(self, model: nn.Module, fresh: Collection[str] = (), unused: Collection[str] = ()) -> None:
+        """Load the weights into `model`, plain, sharded, or a pipeline's part. It may have more, the tensors called
+        `fresh`, and lack those called `unused`. Raises as `weights`."""
+        fill(model, self.weights(self.spec))
 
     @property
     def tokenizer(self) -> Path:
@@ -113,11 +113,11 @@ class Checkpoint(Source):
         less.stored = Without(self.stored, names)
         return less, names
 
-    def fill(self, model: nn.Module, spec: ModelSpec, without: Collection[str] = ()) -> None:
+    def fill(self, model: nn.Module, fresh: Collection[str] = (), unused: Collection[str] = ()) -> None:
         if self._is_plain:
-            super().fill(model, spec)
+            super().fill(model, fresh, unused)
         else:
-            load_weights(self.path, model, without)  # each rank reads its own part
+            load_weights(self.path, model, fresh, unused)  # each rank reads its own part
 
     @property
     def tokenizer(self) -> Path:

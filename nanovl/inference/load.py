@@ -45,7 +45,7 @@ def load(
         model = spec.family.model(spec.config)
     model.to_empty(device=place)
     model.init_buffers(place)
-    source.fill(model, spec)
+    source.fill(model)
     for parameter in model.parameters():  # buffers keep their precision: routers balance loads by thousandths
         parameter.data = parameter.data.to(_dtype(dtype))
     for module in model.modules():

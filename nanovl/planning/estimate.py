@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from pathlib import Path
 
 import torch
 
 from nanovl.build import check_parallelism, resolve_sizes
 from nanovl.config.schema import Job
 from nanovl.device import decide_modes, loss_chunk_tokens
+from nanovl.initial import tokenizer_folder
 from nanovl.log import aside
 from nanovl.parallelisms.pipeline_schedule import actions
 from nanovl.parallelisms.pipeline_split import costs, layers_of_stages
@@ -98,11 +98,8 @@ class Plan:
 def question(job: Job, world_size: int, gpu: Gpu) -> PlannedJob:
     """`job` as the trainer would complete it on `gpu`s. Raises ConfigError for what the trainer would refuse."""
     check_parallelism(job, world_size, CUDA)
-    vocab_size = (
-        load_tokenizer(Path(job.tokenizer.path)).vocab_size
-        if job.tokenizer.path
-        else job.tokenizer.vocab_size
-    )
+    folder = tokenizer_folder(job)
+    vocab_size = job.tokenizer.vocab_size if folder is None else load_tokenizer(folder).vocab_size
     spec = resolve_model(job.model, vocab_size)
     job, rules = resolve_sizes(job, spec, world_size)
     training = job.training

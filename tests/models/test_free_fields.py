@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nanovl.build import differences
 from nanovl.config.schema import Model
+from nanovl.initial import differences
 from nanovl.registry import resolve_model
 from nanovl.spec import ModelSpec, ungrown
 

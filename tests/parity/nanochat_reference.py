@@ -192,7 +192,7 @@ def imported(path: Path) -> tuple[nn.Module, ModelSpec]:
     """Ours, from the files at `path`."""
     source = find_source(path)
     model = source.spec.family.model(source.spec.config)
-    source.fill(model, source.spec)
+    source.fill(model)
     return model, source.spec
 
 

@@ -299,7 +299,7 @@ def test_a_part_of_the_model_takes_what_it_has(tmp_path: Path) -> None:
     for name in ("0", "1", "4"):
         del part.layers[name]
     del part.embed_tokens, part.smear
-    source.fill(part, source.spec)
+    source.fill(part)
     assert "layers.2.blend.stream" in dict(part.named_parameters())
     for name, value in part.named_parameters():
         assert torch.equal(value, whole.get_parameter(name)), name
