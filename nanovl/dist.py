@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -154,6 +155,8 @@ def _rank_main(
     results: Any,
     timeout_seconds: float,
 ) -> None:
+    # a group of the process this one was forked from has no threads here: if collected, it would wait for them forever
+    gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
