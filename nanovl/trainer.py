@@ -78,6 +78,7 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
         else:
             check_initial(job)
         run.make()
+    before = len(run.sessions())
     if world.size > 1:
         record_collectives(run.folder / "traces", job.comm.trace_buf_size)
     dist.start(device, job.comm.init_timeout_seconds)
@@ -103,7 +104,7 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
     finally:
         if trainer is not None:
             trainer.close(reason)
-        elif world.rank == 0 and run.sessions():
+        elif world.rank == 0 and len(run.sessions()) > before:  # else the last one is not of this process
             run.end(reason)
         watch.close()
         dist.stop()

@@ -30,8 +30,8 @@ class Model:
 @dataclass(kw_only=True)
 class Tokenizer:
     path: str = ""
-    """Folder with a tokenizer.json; empty = that of `checkpoint.initial_load_path`, or without those weights one trained
-    on the training text. The run folder keeps it."""
+    """Folder with a tokenizer.json; empty = that of `checkpoint.initial_load_path`, or without those weights one
+    that is trained on the training text. The run folder keeps it."""
     vocab_size: int = 32768
     """Entries, the nine special tokens included; used when a tokenizer is trained."""
     train_characters: int = 2_000_000_000

@@ -166,3 +166,17 @@ def test_a_folder_that_cannot_be_written_is_a_mistake_of_the_job(
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=rf"job.run_dir = '.*': cannot be written to \({reason}\); choose"):
         run(tmp_path / inside, tiny_flags)
+
+
+def test_a_resume_that_fails_early_leaves_the_session_before_it_as_it_ended(
+    tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    job = read_job([CONFIG], [*tiny_flags, f"--job.run_dir={tmp_path}"])
+    run = Run(tmp_path)
+    run.write_job(job, [])
+    run.begin("cpu", 1, "one rank")
+    run.end("finished")
+    (tmp_path / "logs").write_text("")  # where a folder should be
+    with pytest.raises(FileExistsError):
+        train(job, resume=True)
+    assert [session["exit_reason"] for session in run.sessions()] == ["finished"]
