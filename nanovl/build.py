@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from nanovl.config.schema import Job
 from nanovl.data.documents import training_texts
 from nanovl.device import Modes
 from nanovl.errors import ConfigError
-from nanovl.initial import load_initial, tokenizer_folder, tokens_learnt
+from nanovl.initial import load_initial, tokenizer_folder, tokens_learnt, vocabulary
 from nanovl.log import Log
 from nanovl.mesh import Mesh
 from nanovl.models.blocks.head import Head
@@ -22,7 +23,7 @@ from nanovl.optim.scaling import SizeRules, horizon_tokens, size_rules
 from nanovl.parallelisms.apply import parallelism_mistakes, parallelize
 from nanovl.parallelisms.init import init_weights, materialize
 from nanovl.parallelisms.parallel_model import ParallelModel
-from nanovl.registry import resolve_model
+from nanovl.registry import resolve_model, trained_vocabulary
 from nanovl.run import Run
 from nanovl.spec import ModelSpec, expert_layers
 from nanovl.tokenizer.bpe import AnyTokenizer, load_tokenizer
@@ -138,19 +139,20 @@ def build_optimizers(
 
 def check_everywhere(job: Job, world_size: int) -> None:
     """Raises ConfigError for what neither CPUs nor GPUs could train, as a run would; needs no process group."""
-    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+    spec = resolve_model(job.model, trained_vocabulary(job))
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     on_cpu, on_gpu = (parallelism_mistakes(model, job, world_size, torch.device(d)) for d in ("cpu", "cuda"))
     if wrong := [line for line in on_cpu if line in on_gpu]:
         raise ConfigError(wrong, "parallelism")
-    if not (job.tokenizer.path or job.checkpoint.initial_load_path):  # else its vocabulary is not known yet
+    if trained_vocabulary(job) is not None:  # else it is not known yet
         resolve_sizes(job, spec, world_size)
 
 
-def check_parallelism(job: Job, world_size: int, device: torch.device) -> None:
-    """Raises ConfigError where the model cannot be cut as the job asks; needs no process group."""
-    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+def check_parallelism(job: Job, world_size: int, device: torch.device, tokenizer: Path | None = None) -> None:
+    """Raises ConfigError where the model cannot be cut as the job asks; needs no process group. `tokenizer` = where a
+    run keeps its own."""
+    spec = resolve_model(job.model, vocabulary(job, tokenizer))
     with torch.device("meta"):
         model = spec.family.model(spec.config)
     wrong = parallelism_mistakes(model, job, world_size, device)

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         out(json.dumps(json_schema(), indent=2))
         return 0
     from nanovl.build import check_everywhere
-    from nanovl.registry import read_job, resolve_model, spec_to_dict
+    from nanovl.registry import read_job, resolve_model, spec_to_dict, trained_vocabulary
 
     asked = parse_job_flags(
         argv[1:], f"config {argv[0]}", {"--world-size=N": "ranks to check the degrees and batch for"}
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     job = read_job(asked.files, asked.flags, world_size=world_size)
     if argv[0] == "show":
         shown: dict[str, Any] = job_to_dict(job)
-        shown["model"] = spec_to_dict(resolve_model(job.model, job.tokenizer.vocab_size))
+        shown["model"] = spec_to_dict(resolve_model(job.model, trained_vocabulary(job)))
         out(json.dumps(shown, indent=2))
     else:
         check_everywhere(job, world_size)

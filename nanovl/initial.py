@@ -94,6 +94,15 @@ def tokenizer_folder(job: Job) -> Path | None:
     return find_source(Path(begin)).tokenizer if begin else None
 
 
+def vocabulary(job: Job, kept: Path | None = None) -> int:
+    """Entries of the tokenizer in `kept`, if a run has it already, of the one that `job` begins with, or is to train.
+
+    Raises ConfigError and CheckpointError where it cannot be read.
+    """
+    folder = kept if kept is not None and kept.exists() else tokenizer_folder(job)
+    return job.tokenizer.vocab_size if folder is None else load_tokenizer(folder).vocab_size
+
+
 def tokens_learnt(job: Job) -> tuple[Path, AnyTokenizer] | None:
     """The tokenizer that lies beside the weights to begin from; None = none does, or there are no such weights."""
     if not job.checkpoint.initial_load_path:
@@ -113,7 +122,10 @@ def check_initial(job: Job) -> None:
     if not job.checkpoint.initial_load_path:
         return
     path = Path(job.checkpoint.initial_load_path)
-    source = find_source(path)
+    try:
+        source = find_source(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None
     tokenizer, room = _tokenizer(job, path, source), source.spec.config.vocab_size
     if tokenizer.vocab_size > room:
         raise ConfigError(

@@ -121,12 +121,10 @@ def _context(text: str) -> int:
 def _spec(name: str, asked: JobFlags) -> tuple[ModelSpec, Optimizer]:
     """The model of a name, or of a job, and what would train it; overrides over either. Without a job the vocabulary is
     the model's own."""
-    from pathlib import Path
-
     from nanovl.config.load import load_job, load_model
     from nanovl.config.schema import Optimizer
+    from nanovl.initial import vocabulary
     from nanovl.registry import resolve_model
-    from nanovl.tokenizer.bpe import load_tokenizer
 
     if not name and not asked.files:
         raise ConfigError("models show: name a model, such as qwen3:0.6b, or a job with --config FILE")
@@ -137,9 +135,7 @@ def _spec(name: str, asked: JobFlags) -> tuple[ModelSpec, Optimizer]:
     if not asked.files:
         return resolve_model(load_model([*named, *asked.flags]), None), Optimizer()
     job = load_job(asked.files, [*named, *asked.flags])
-    path = job.tokenizer.path
-    vocab_size = load_tokenizer(Path(path)).vocab_size if path else job.tokenizer.vocab_size
-    return resolve_model(job.model, vocab_size), job.optimizer
+    return resolve_model(job.model, vocabulary(job)), job.optimizer
 
 
 def find(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nanovl.config.check import has_tokenizer
 from nanovl.config.load import load_job
 from nanovl.config.schema import Job, Model
 from nanovl.config.types import check_types
@@ -80,10 +81,15 @@ def read_job(files: Sequence[str | Path], flags: Sequence[str] = (), *, world_si
 def model_mistakes(job: Job) -> list[str]:
     """What is wrong with the `[model]` section, one line each."""
     try:
-        resolve_model(job.model, job.tokenizer.vocab_size)
+        resolve_model(job.model, trained_vocabulary(job))
     except ConfigError as error:
         return error.mistakes
     return []
+
+
+def trained_vocabulary(job: Job) -> int | None:
+    """Entries of the tokenizer that `job` trains; None = it begins with one, whose size its files know."""
+    return None if has_tokenizer(job) else job.tokenizer.vocab_size
 
 
 def resolve_model(model: Model, vocab_size: int | None) -> ModelSpec:

@@ -51,7 +51,10 @@ def shrink(job: Job, config: Any, world_size: int) -> Job:
     return replace(
         job,
         model=replace(job.model, overrides={k: _plain(v) for k, v in overrides.items()}),
-        tokenizer=replace(job.tokenizer, vocab_size=64 * p.tensor_parallel_degree),
+        tokenizer=replace(job.tokenizer, path="", vocab_size=64 * p.tensor_parallel_degree),
+        checkpoint=replace(
+            job.checkpoint, initial_load_path="", initial_load_grow=False
+        ),  # none are so small
         training=training,
         optimizer=replace(job.optimizer, scaling="none"),
         lr_schedule=replace(job.lr_schedule, warmup_steps=0),  # weights are to move

@@ -70,13 +70,13 @@ def train(job: Job, *, resume: bool = False, config_files: Sequence[str | Path] 
     run = Run(Path(job.job.run_dir))
     if world.rank == 0:
         run.require_fresh(resume)
-    device = pick_device(world.local_rank)
-    check_parallelism(job, world.size, device)
-    if world.rank == 0:
         if found := committed(run.checkpoints)[-1:] if resume else []:
             resumable_meta(found[0])
         else:
             check_initial(job)
+    device = pick_device(world.local_rank)
+    check_parallelism(job, world.size, device, run.tokenizer if resume else None)
+    if world.rank == 0:
         run.make()
     before = len(run.sessions())
     if world.size > 1:

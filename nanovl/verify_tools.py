@@ -28,11 +28,11 @@ def main(argv: list[str]) -> int:
         },
     )
     world, steps = (_count(asked.switches, *pair) for pair in (("--world-size", 8), ("--steps", 5)))
-    from nanovl.registry import read_job, resolve_model
+    from nanovl.registry import read_job, resolve_model, trained_vocabulary
     from nanovl.shrink import shrink
 
     job = read_job(asked.files, asked.flags, world_size=world)
-    spec = resolve_model(job.model, job.tokenizer.vocab_size)
+    spec = resolve_model(job.model, trained_vocabulary(job))
     small = shrink(job, spec.config, world)
     return report(small, world, steps)
 

@@ -214,13 +214,13 @@ def _batch(job: Job, world_size: int) -> list[str]:
     ]
 
 
-def _has_tokenizer(job: Job) -> bool:
+def has_tokenizer(job: Job) -> bool:
     """Whether none is to be trained: weights to begin from bring theirs."""
     return bool(job.tokenizer.path or job.checkpoint.initial_load_path)
 
 
 def _tokenizer(job: Job) -> list[str]:
-    if not _has_tokenizer(job) and job.tokenizer.vocab_size < MIN_VOCAB:
+    if not has_tokenizer(job) and job.tokenizer.vocab_size < MIN_VOCAB:
         return [
             f"tokenizer.vocab_size = {job.tokenizer.vocab_size}: "
             f"wants at least {MIN_VOCAB} (256 bytes and {SPECIAL_TOKENS} special tokens)"
@@ -260,7 +260,7 @@ def _sources(job: Job) -> list[str]:
             "validation.freq: there is no held-out text; set data.sources.N.holdout (such as 0.02), "
             "add [[validation.sources]], or set validation.freq = 0"
         )
-    if not _has_tokenizer(job) and any(s.kind == "tokens" for s in job.data.sources):
+    if not has_tokenizer(job) and any(s.kind == "tokens" for s in job.data.sources):
         mistakes.append(
             'tokenizer.path: empty, but a source of kind "tokens" is bound to the tokenizer it was packed with; name it'
         )

@@ -10,7 +10,7 @@ import torch
 from nanovl.build import check_parallelism, resolve_sizes
 from nanovl.config.schema import Job
 from nanovl.device import decide_modes, loss_chunk_tokens
-from nanovl.initial import tokenizer_folder
+from nanovl.initial import vocabulary
 from nanovl.log import aside
 from nanovl.parallelisms.pipeline_schedule import actions
 from nanovl.parallelisms.pipeline_split import costs, layers_of_stages
@@ -19,7 +19,6 @@ from nanovl.planning.rank import Purpose, RankPlan, plan_rank
 from nanovl.planning.schedule import simulate
 from nanovl.planning.stages import PlannedJob, meta_model
 from nanovl.registry import resolve_model
-from nanovl.tokenizer.bpe import load_tokenizer
 
 CUDA = torch.device("cuda")  # only named: the jobs that are planned run on GPUs
 GIB = 2**30
@@ -98,9 +97,7 @@ class Plan:
 def question(job: Job, world_size: int, gpu: Gpu) -> PlannedJob:
     """`job` as the trainer would complete it on `gpu`s. Raises ConfigError for what the trainer would refuse."""
     check_parallelism(job, world_size, CUDA)
-    folder = tokenizer_folder(job)
-    vocab_size = job.tokenizer.vocab_size if folder is None else load_tokenizer(folder).vocab_size
-    spec = resolve_model(job.model, vocab_size)
+    spec = resolve_model(job.model, vocabulary(job))
     job, rules = resolve_sizes(job, spec, world_size)
     training = job.training
     modes = decide_modes(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovl.build import check_parallelism
 from nanovl.conversion.convert import convert
 from nanovl.errors import CheckpointError, ConfigError, NanovlError
 from nanovl.inference.load import load
@@ -94,7 +95,7 @@ def test_another_model_is_refused_by_its_name_or_fields_and_then_by_its_tensors(
     balanced: Path, tmp_path: Path, no_tokenizer: list[str]
 ) -> None:
     new = tmp_path / "new"
-    refused(new, no_tokenizer, tmp_path / "nowhere", "nowhere: no such folder")
+    refused(new, no_tokenizer, tmp_path / "nowhere", "initial_load_path: ", "nowhere: no such folder")
     other = [*no_tokenizer, "--model.name=qwen3"]
     fields = (
         "model.blocks.full.ffn.kind = 'mlp': it has 'moe'\n  tensors that it lacks: layers.*.ffn.gate_proj"
@@ -129,8 +130,18 @@ def test_another_tokenizer_must_fit_and_is_said(
     flags = [*no_tokenizer, f"--tokenizer.path={tmp_path / 'many'}"]
     said = f"tokenizer.path = '{tmp_path / 'many'}': has 521 entries, the weights at {balanced} 512; leave"
     refused(tmp_path / "new", flags, balanced, said)
-    flags = [*no_tokenizer, f"--tokenizer.path={tmp_path / 'few'}", f"{AUX}=0.01"]
+    # what a new tokenizer would have had does not matter
+    flags = [
+        *no_tokenizer,
+        f"--tokenizer.path={tmp_path / 'few'}",
+        f"{AUX}=0.01",
+        "--tokenizer.vocab_size=600",
+    ]
     refused(tmp_path / "new", flags, balanced, "model.vocab_size = 265: it has 512")
+    cut = ["--model.name=qwen3_moe", "--parallelism.tensor_parallel_degree=2"]
+    few_on_2 = read_job([CONFIG], [*flags, *cut], world_size=2)
+    with pytest.raises(ConfigError, match="265 parts cannot be shared by 2 ranks"):
+        check_parallelism(few_on_2, 2, torch.device("cpu"))
     log = run(tmp_path / "other", [*flags, "--model.vocab_size=512"], balanced)
     assert f"  tokenizer {tmp_path / 'few'}: 265 entries\n" in log
     assert f"warning:   tokenizer.path is another one than that of the weights, {balanced}" in log
