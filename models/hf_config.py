@@ -143,6 +143,8 @@ def same_or_refuse(config: DecoderConfig, plain: DecoderConfig, architecture: st
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
+    if wrong and config.mtp is not None and plain.mtp is None:
+        wrong.append("model.mtp: `nanovl convert --without-mtp` leaves the modules away")
     if wrong:
         raise ConfigError(wrong)
 

@@ -113,7 +113,7 @@ def as_text(plan: Plan, price: float | None, ceiling: float, gpus_per_node: int)
         f"fill {USABLE_MEMORY:g} of memory;",
         "  FSDP's traffic overlaps with everything else in forward and backward, transfers between stages are hidden,",
         "  all other traffic waits; rows are one document; experts are balanced. Activations are those of eager mode:",
-        "  torch.compile keeps fewer. Host, data, checkpoints and evaluation take no time.",
+        "  torch.compile keeps fewer. Host, data, checkpoints, evaluation and the latency of collectives take no time.",
     ]
     return lines
 

@@ -26,6 +26,10 @@ def find_source(path: Path) -> Source:
             return found
     if (path / "config.json").is_file():
         raise CheckpointError(f"{path}: this run has no complete checkpoint yet")
+    if any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path}: has weights, but no config.json, which says of what model; copy it there"
+        )
     names = [name for kind in KINDS for name in kind.names]
     raise CheckpointError(f"{path}: neither a {', nor a '.join(names)}")
 

@@ -70,8 +70,10 @@ def step_of(checkpoint: Path) -> int:
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json. Raises CheckpointError where it is absent or broken."""
     try:
-        meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are both ValueErrors
         raise CheckpointError(
             f"{checkpoint}: not a complete checkpoint: meta.json: {error}; choose another step"
         ) from None

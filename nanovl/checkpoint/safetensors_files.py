@@ -140,6 +140,8 @@ def _look_through(file: Path) -> list[tuple[str, Tensor, _Place]]:
         entries = sorted(
             (*said["data_offsets"], name, said["shape"], said["dtype"]) for name, said in header.items()
         )
+    except CheckpointError:  # which is a ValueError
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file.name} is damaged: no header of safetensors: {error!r}") from None
     if strange := {entry[-1] for entry in entries} - DTYPES.keys():

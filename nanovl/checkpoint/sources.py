@@ -93,7 +93,12 @@ class Checkpoint(Source):
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return spec_from_dict(self.facts["model"])
+        try:
+            return spec_from_dict(self.facts["model"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a complete checkpoint: meta.json says of no model: {error!r}; choose another step"
+            ) from None
 
     @cached_property
     def stored(self) -> Tensors:

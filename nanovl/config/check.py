@@ -86,7 +86,7 @@ def data_parallel_degree(job: Job, world_size: int) -> int:
     """Ranks that read different rows: those of one tensor, context or pipeline group read the same."""
     p = job.parallelism
     shared = p.tensor_parallel_degree * p.context_parallel_degree * p.pipeline_parallel_degree
-    return max(1, world_size // shared)
+    return max(1, world_size // max(1, shared))
 
 
 def _bounds(job: Job) -> list[str]:

@@ -267,9 +267,9 @@ class Validation:
     freq: int = 250
     """Steps between evaluations of bits per byte; 0 = never during training."""
     max_bytes: int = 1_000_000
-    """Bytes of held-out text an evaluation during training reads."""
+    """An evaluation during training reads whole held-out documents until it has this many bytes."""
     final_max_bytes: int = 10_000_000
-    """Bytes of held-out text the evaluation at the end reads; 0 = all."""
+    """The same of the evaluation at the end; 0 = all documents."""
     local_batch_size: int = 0
     """Rows at once; 0 = `training.local_batch_size`, or 8 where that is 0 too."""
     sources: list[Source] = field(default_factory=list)

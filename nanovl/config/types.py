@@ -59,7 +59,9 @@ def check_types(
             lines.append(f"{dotted}: missing; give it a value")
         else:
             lines.append(f"{dotted} = {item['input']!r}{came_from}: {_wanted(item)}")
-        at_fault |= {part for part in (*path[-1:], *near) if isinstance(part, str)}
+        beside = _at(data, path[:-1])
+        meant = [name for name in near if not (isinstance(beside, Mapping) and name in beside)]
+        at_fault |= {part for part in (*path[-1:], *meant) if isinstance(part, str)}
     before: dict[str, Any] | None = None
     while errors and before != data:
         before, data = data, copy.deepcopy(data)

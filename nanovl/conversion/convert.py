@@ -204,5 +204,5 @@ def _renamed(tensors: Tensors) -> list[Renamed]:
 def _bytes(size: int | str) -> int | None:
     if not isinstance(size, str):
         return size if size > 0 else None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.upper())
     return int(float(match[1]) * _UNITS[match[2]]) or None if match else None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nanovl.checkpoint.manager import Checkpointer, committed, load_weights, read_meta
+from nanovl.checkpoint.sources import Checkpoint
 from nanovl.config.schema import Job, Model
 from nanovl.device import Modes
 from nanovl.dist import fork_ranks, world_from_env
@@ -179,6 +180,12 @@ def test_incomplete_and_damaged_checkpoints_are_refused(checkpoint: Path) -> Non
     (checkpoint / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         read_meta(checkpoint)
+    (checkpoint / "meta.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint: meta\.json: no JSON object"):
+        read_meta(checkpoint)
+    (checkpoint / "meta.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"meta.json says of no model: KeyError\('model'\)"):
+        Checkpoint(checkpoint).spec  # noqa: B018
     (checkpoint / "meta.json").unlink()
     assert committed(checkpoint.parent) == []
     shutil.rmtree(checkpoint)

@@ -16,6 +16,12 @@ def job(**sections: dict[str, object]) -> Job:
     )  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["tensor", "context", "pipeline"])
+def test_no_degree_is_nothing_to_divide_by(name: str) -> None:
+    found = check_job(job(parallelism={f"{name}_parallel_degree": 0}), 8)
+    assert found == [f"parallelism.{name}_parallel_degree = 0: wants 1 or more"]
+
+
 def test_a_plain_job_has_no_mistakes() -> None:
     assert check_job(job(), 1) == []
     assert check_job(job(), 8) == []

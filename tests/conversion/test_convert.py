@@ -39,7 +39,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_round_trip_through_every_format(experts_directory: Path, tmp_path: Path) -> None:
     path = experts_directory
     for to in ("run", "safetensors", "dcp", "hf"):
-        path = nanovl.convert(path, tmp_path / to, to=to, shard_size="40KB" if to == "hf" else None)
+        path = nanovl.convert(path, tmp_path / to, to=to, shard_size="40kb" if to == "hf" else None)
         loaded = nanovl.load(path, device="cpu", dtype=torch.bfloat16)
         assert loaded.tokenizer.hash() == Tokenizer([]).hash()
         weights = {name: w.detach() for name, w in named_weights(loaded.model).items()}
@@ -223,6 +223,14 @@ def overlapping(folder: Path) -> None:
     file.write_bytes(data[:at] + b"2" + data[at + 1 :])
 
 
+def empty(folder: Path) -> None:
+    sorted(folder.glob("model-*"))[0].write_bytes(b"")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
 def lost(folder: Path) -> None:
     sorted(folder.glob("model-*"))[2].unlink()
 
@@ -262,6 +270,8 @@ def sees(folder: Path) -> None:
         (cut, r"copy it again:\n  model-00002-of-\d+.safetensors is damaged: it has \d+ bytes of \d+"),
         (garbage, r"model-00001-of-\d+.safetensors is damaged: it has 100 bytes, its header alone \d+"),
         (no_header, r"model-00001-of-\d+.safetensors is damaged: no header of safetensors: JSONDecodeError"),
+        (empty, r"model-00001-of-\d+.safetensors is damaged: it has 0 bytes, its header alone 8$"),
+        (no_config, "has weights, but no config.json, which says of what model; copy it there"),
         (overlapping, r"is damaged: lm_head.weight has not the place that its shape needs"),
         (lost, r"names files that are not there: model-00003-of-\d+.safetensors"),
         (index_broken, "model.safetensors.index.json: names no files: JSONDecodeError"),
