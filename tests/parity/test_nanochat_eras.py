@@ -113,7 +113,7 @@ def test_first_release_goes_through_transformers_and_back(tmp_path: Path) -> Non
     convert(tmp_path / "hf", tmp_path / "again", to="nanochat")
     before, after = (
         torch.load(tmp_path / name, weights_only=True)
-        for name in ("pt/model_000012.pt", "again/model_000000.pt")
+        for name in ("pt/model_000012.pt", "again/model_000012.pt")
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(value[: len(after[name])], after[name]) for name, value in before.items())
