@@ -171,6 +171,17 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+}
+"""Of transformers' Gemma3TextConfig."""
+
 FAMILY = ModelFamily(
     name="gemma3",
     summary="Gemma 3 text: sandwich norms, windows on five of six layers, two rotations, GeGLU, scaled embeddings",
@@ -178,5 +189,12 @@ FAMILY = ModelFamily(
     flavors=FLAVORS,
     model=Decoder,
     optimizer_groups=adamw_groups,
-    hf=HuggingFaceSpec(ARCHITECTURE, "gemma3_text", config_from_hf, config_to_hf, decoder_rules),
+    hf=HuggingFaceSpec(
+        ARCHITECTURE,
+        "gemma3_text",
+        config_from_hf,
+        config_to_hf,
+        decoder_rules,
+        text_defaults=TEXT_DEFAULTS,
+    ),
 )

@@ -28,6 +28,11 @@ def main(argv: list[str]) -> int:
         "--without-mtp", action="store_true", help="leave modules of multi-token prediction away"
     )
     parser.add_argument(
+        "--text-only",
+        action="store_true",
+        help="of a model with images or sound take the language model alone",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be written, and write nothing"
     )
     args = parser.parse_args(argv)
@@ -39,7 +44,12 @@ def main(argv: list[str]) -> int:
     if args.out is not None:
         require_new(Path(args.out))
     planned = plan(
-        args.src, to=args.to, dtype=args.dtype, shard_size=args.shard_size, without_mtp=args.without_mtp
+        args.src,
+        to=args.to,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+        without_mtp=args.without_mtp,
+        text_only=args.text_only,
     )
     if args.dry_run:
         out("\n".join(planned.mapping()))

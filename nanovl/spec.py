@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,8 @@ class HuggingFaceSpec:
     cut_dim: Callable[[str], int | None] | None = None
     """Where files are cut for tensor ranks: (name of a tensor) -> dimension in which its slices follow each other, None
     = it is whole. None where files are not cut."""
+    text_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of models with images: what the `text_config` of released files leaves to transformers' class."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,17 @@ class Model(nn.Module, ABC):
     def stream_width(self, layers: int) -> int:
         """Tensors in the stream after the first `layers` blocks of the whole model."""
         return 1
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As in torch, where weights that are tied on the meta device would come apart."""
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        super().to_empty(device=device, recurse=recurse)
+        for first, *others in names.values():
+            for module, _, last in (other.rpartition(".") for other in others):
+                setattr(self.get_submodule(module), last, self.get_parameter(first))
+        return self
 
     def init_buffers(self, device: torch.device) -> None:
         """Compute every buffer anew on `device`, needed after to_empty; modules that have some bring this method."""

@@ -17,6 +17,7 @@ from nanovl.checkpoint.float8 import dequantized
 from nanovl.checkpoint.key_map import KeyMap
 from nanovl.checkpoint.safetensors_files import SafetensorsFolder, write_safetensors
 from nanovl.checkpoint.tensors import (
+    Called,
     Held,
     InDtype,
     Renamed,
@@ -29,7 +30,7 @@ from nanovl.checkpoint.tensors import (
 )
 from nanovl.config.config_json import shown
 from nanovl.errors import CheckpointError, ConfigError
-from nanovl.registry import family_of
+from nanovl.registry import MODELS, family, family_of
 from nanovl.spec import HuggingFaceSpec, ModelFamily, ModelSpec, MtpFiles
 
 
@@ -47,6 +48,45 @@ def read_config(folder: Path) -> dict[str, Any]:
     return said
 
 
+TEXT_NAMES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.", ""),
+)
+"""How the names of a language model begin in a model with images, as transformers 5 and 4 write them, and alone."""
+SHARED_NAMES = ("lm_head.", "mtp.")
+"""How names begin that are the same in both."""
+
+
+def text_of(folder: Path) -> tuple[dict[str, Any], Tensors, list[str]]:
+    """The language model of a directory that has images or sound, too: its config.json, its tensors under the names
+    that they have alone, and those that are left away. Raises CheckpointError where there is none."""
+    said = read_config(folder)
+    text = said.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{folder}/config.json: has no text_config, so there is no text to take out")
+    families = [family(name).hf for name in MODELS]
+    of_type = {files.model_type: files for files in families if files is not None}
+    kind = text.get("model_type")
+    if kind not in of_type:
+        raise CheckpointError(
+            f"{folder}/config.json: text_config.model_type = {shown(kind)}: is none of {', '.join(of_type)}"
+        )
+    kept = {key: said[key] for key in ("tie_word_embeddings", "quantization_config") if key in said}
+    stored = SafetensorsFolder(folder)
+    names = {alone: name for name in stored.described if (alone := _alone(name)) is not None}
+    left_away = sorted(stored.described.keys() - set(names.values()))
+    config = {**kept, **of_type[kind].text_defaults, **text, "architectures": [of_type[kind].architecture]}
+    return config, Called(stored, names), left_away
+
+
+def _alone(name: str) -> str | None:
+    for within, alone in TEXT_NAMES:
+        if name.startswith(within):
+            return alone + name.removeprefix(within)
+    return name if name.startswith(SHARED_NAMES) else None
+
+
 def stored_in(folder: Path, files: HuggingFaceSpec | None = None) -> Tensors:
     """The tensors in `folder` under the names they have there; `files` = those of its family, if it is known.
 
@@ -56,12 +96,15 @@ def stored_in(folder: Path, files: HuggingFaceSpec | None = None) -> Tensors:
     return CutFolder(folder, cut_dim) if cut_dim and is_cut(folder) else SafetensorsFolder(folder)
 
 
-def spec_of_directory(folder: Path, stored: Callable[[], Tensors] | None = None) -> ModelSpec:
-    """The architecture that `folder`/config.json names; `stored()` = the tensors there, for who looks through them.
+def spec_of_directory(
+    folder: Path, stored: Callable[[], Tensors] | None = None, config: Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The architecture that `folder`/config.json names, or `config` if that is taken out of it; `stored()` = the
+    tensors, for who looks through them.
 
     Raises CheckpointError where no family here computes it.
     """
-    config, found, files = _config_of_directory(folder)
+    config, found, files = _config_of_directory(folder, config)
     try:
         if files.mtp is not None:
             # tensors alone know: transformers saves no modules, but their number; files of Qwen3-Next have one unsaid
@@ -72,8 +115,10 @@ def spec_of_directory(folder: Path, stored: Callable[[], Tensors] | None = None)
         raise _in_config(folder, error) from None
 
 
-def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, HuggingFaceSpec]:
-    config = read_config(folder)
+def _config_of_directory(
+    folder: Path, given: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], ModelFamily, HuggingFaceSpec]:
+    config = read_config(folder) if given is None else dict(given)
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         raise CheckpointError(
@@ -84,7 +129,7 @@ def _config_of_directory(folder: Path) -> tuple[dict[str, Any], ModelFamily, Hug
     if also := [key for key in ("vision_config", "audio_config") if config.get(key)]:
         raise CheckpointError(
             f"{folder}/config.json: {architecture} has more than text ({', '.join(also)}), which nothing here "
-            "computes, so those weights would be lost; save its language model alone, with transformers, and name that"
+            "computes, so those weights would be lost; `nanovl convert --text-only` takes the language model out"
         )
     try:
         found = family_of(architecture, config.get("model_type") or "")
@@ -98,9 +143,9 @@ def _in_config(folder: Path, error: ConfigError) -> CheckpointError:
     return CheckpointError(head + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)))
 
 
-def mtp_tensors(folder: Path, stored: Tensors) -> list[str]:
-    """What of `stored`, the tensors in `folder`, belongs to modules of multi-token prediction."""
-    config, _, files = _config_of_directory(folder)
+def mtp_tensors(folder: Path, stored: Tensors, config: Mapping[str, Any] | None = None) -> list[str]:
+    """What of `stored`, the tensors in `folder`, belongs to modules of multi-token prediction; `config` as above."""
+    config, _, files = _config_of_directory(folder, config)
     return [] if files.mtp is None else [*_modules(stored, files.mtp, config)]
 
 

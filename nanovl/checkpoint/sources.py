@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nanovl.checkpoint.front_matter import read_facts
-from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory, stored_in
+from nanovl.checkpoint.hf import mtp_tensors, open_hf, spec_of_directory, stored_in, text_of
 from nanovl.checkpoint.manager import committed, load_weights, read_meta
 from nanovl.checkpoint.safetensors_files import SINGLE, SafetensorsFolder
 from nanovl.checkpoint.state import StateFolder
@@ -53,6 +53,11 @@ class Source(ABC):
         """The same without modules of multi-token prediction, and the tensors that they are. Raises CheckpointError
         where there are none."""
         raise CheckpointError(f"{self.path}: has no modules of multi-token prediction to leave away")
+
+    def text_only(self) -> tuple[Source, list[str]]:
+        """The language model alone of one with images or sound, and the tensors that are not of it. Raises
+        CheckpointError where there is nothing else."""
+        raise CheckpointError(f"{self.path}: has nothing but text to take out")
 
     def fill(self, model: nn.Module, fresh: Collection[str] = (), unused: Collection[str] = ()) -> None:
         """Load the weights into `model`, plain, sharded, or a pipeline's part. It may have more, the tensors called
@@ -143,6 +148,11 @@ class HuggingFace(Source):
 
     names = ("Hugging Face directory",)
 
+    def __init__(self, path: Path, config: Mapping[str, Any] | None = None) -> None:
+        """`config` is what to take for config.json where that has more than text."""
+        super().__init__(path)
+        self.config = config
+
     @classmethod
     def find(cls, path: Path) -> Source | None:
         try:
@@ -165,14 +175,20 @@ class HuggingFace(Source):
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return spec_of_directory(self.path, lambda: self.stored)
+        return spec_of_directory(self.path, lambda: self.stored, self.config)
 
     def weights(self, spec: ModelSpec) -> Tensors:
         return open_hf(self.path, spec, self.stored)
 
     def without_mtp(self) -> tuple[Source, list[str]]:
-        if not (names := mtp_tensors(self.path, self.stored)):
+        if not (names := mtp_tensors(self.path, self.stored, self.config)):
             return super().without_mtp()
-        less = HuggingFace(self.path)
+        less = HuggingFace(self.path, self.config)
         less.stored = Without(self.stored, names)
         return less, names
+
+    def text_only(self) -> tuple[Source, list[str]]:
+        config, stored, left_away = text_of(self.path)
+        less = HuggingFace(self.path, config)
+        less.stored = stored
+        return less, left_away

@@ -73,6 +73,20 @@ class Without(Tensors):
         return (self.source,)
 
 
+class Called(Tensors):
+    """Those of `source` that `names` has, under another name each: new -> old."""
+
+    def __init__(self, source: Tensors, names: Mapping[str, str]) -> None:
+        self.source, self.names = source, names
+        self.described = {new: source.described[old] for new, old in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(self.names[name])
+
+    def parts(self) -> Sequence[Tensors]:
+        return (self.source,)
+
+
 class Counted(Tensors):
     """Those of `source`; `count` is told the bytes of each that is read."""
 

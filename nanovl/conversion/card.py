@@ -10,7 +10,7 @@ from nanovl import __version__
 from nanovl.checkpoint.front_matter import PUBLISHED, TRAINED, front_matter
 from nanovl.checkpoint.hf import main_dtype
 from nanovl.checkpoint.tensors import weights_of
-from nanovl.conversion.target import Model
+from nanovl.conversion.target import MTP, Model
 
 USE = """
 ```python
@@ -62,7 +62,7 @@ def _facts(model: Model, card: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{parameters:,}"),
         ("layers x width", f"{spec.config.num_hidden_layers} x {spec.config.hidden_size}"),
         ("vocabulary", f"{spec.config.vocab_size:,}"),
-        ("multi-token prediction", _ahead(model)),
+        (MTP, _ahead(model)),
         ("dtype", str(main_dtype(model.weights)).removeprefix("torch.")),
         ("stage", trained.get("stage", "")),
         ("steps", f"{trained['step']:,}" if trained.get("step") else ""),
@@ -77,8 +77,8 @@ def _facts(model: Model, card: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ahead(model: Model) -> str:
-    if model.left_away:
-        return f"left away ({len(model.left_away)} tensors)"
+    if MTP in model.left_away:
+        return f"left away ({len(model.left_away[MTP])} tensors)"
     mtp = getattr(model.spec.config, "mtp", None)
     return "" if mtp is None else str(mtp.num_layers)
 

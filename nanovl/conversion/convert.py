@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from nanovl.checkpoint.tensors import Counted, InDtype, Renamed, Tensors
 from nanovl.conversion.hf_directory import HuggingFaceTarget
 from nanovl.conversion.nanochat_files import NanochatTarget
 from nanovl.conversion.ours import DcpTarget, PlainTarget, RunTarget
-from nanovl.conversion.target import Model, Target
+from nanovl.conversion.target import MTP, Model, Target
 from nanovl.errors import CheckpointError, ConfigError, RunError
 from nanovl.tokenizer.bpe import load_tokenizer
 
@@ -44,15 +44,19 @@ def convert(
     dtype: str | torch.dtype | None = None,
     shard_size: int | str | None = None,
     without_mtp: bool = False,
+    text_only: bool = False,
 ) -> Path:
     """Write the model at `src` to the new folder `dst` as `to`: hf, run, dcp (a checkpoint), safetensors or nanochat.
 
     `dtype` is that of written parameters; None = as they are stored. `shard_size`, for hf, is the most that one file
-    holds, in bytes or as "500MB" (5GB). `without_mtp` leaves modules of multi-token prediction away. Returns `dst`.
+    holds, in bytes or as "500MB" (5GB). `without_mtp` leaves modules of multi-token prediction away, `text_only` all
+    but the language model of a directory with images or sound. Returns `dst`.
     Raises CheckpointError with every weight that does not fit, ConfigError, RunError; then nothing is written.
     """
     require_new(Path(dst))
-    plan(src, to=to, dtype=dtype, shard_size=shard_size, without_mtp=without_mtp).write(Path(dst))
+    plan(src, to=to, dtype=dtype, shard_size=shard_size, without_mtp=without_mtp, text_only=text_only).write(
+        Path(dst)
+    )
     return Path(dst)
 
 
@@ -96,7 +100,10 @@ class Plan:
         for part in tables or _renamed(self.tensors)[:1]:
             title = "reading:" if part.to_ours else "writing:"
             lines += [*([title] if len(tables) > 1 else []), *part.mapping()]
-        return [*lines, *(f"{name} -> left away" for name in self.model.left_away)]
+        return [
+            *lines,
+            *(f"{name} -> left away" for names in self.model.left_away.values() for name in names),
+        ]
 
     def summary(self) -> str:
         """One line: what is written, how much, in which dtype."""
@@ -106,8 +113,8 @@ class Plan:
         chosen = "as stored" if self.dtype is None else "as asked"
         named = f"{str(main).removeprefix('torch.')}, {chosen}"
         more = f"; {others} tensors in other dtypes" if others else ""
-        if self.model.left_away:
-            more += f"; {len(self.model.left_away)} tensors of multi-token prediction left away"
+        for kind, names in self.model.left_away.items():
+            more += f"; {len(names)} tensors of {kind} left away"
         size = self.nbytes / 1e6
         return f"{self.model.spec.family.name}: {len(values)} tensors, {size:,.1f} MB, {named}{more}"
 
@@ -119,6 +126,7 @@ def plan(
     dtype: str | torch.dtype | None = None,
     shard_size: int | str | None = None,
     without_mtp: bool = False,
+    text_only: bool = False,
 ) -> Plan:
     """Check a conversion as `convert` does, and write nothing."""
     named = str(dtype).removeprefix("torch.")
@@ -134,9 +142,11 @@ def plan(
     if wrong:
         raise ConfigError(wrong)
     assert shard_bytes is not None
-    source, left_away = find_source(Path(src)), list[str]()
+    source, left_away = find_source(Path(src)), dict[str, Sequence[str]]()
+    if text_only:
+        source, left_away["images or sound"] = source.text_only()
     if without_mtp:
-        source, left_away = source.without_mtp()
+        source, left_away[MTP] = source.without_mtp()
     wanted = None if dtype is None else getattr(torch, named)
     weights = InDtype(source.weights(source.spec), kinds(source.spec, wanted))
     model = Model(source, source.spec, weights, load_tokenizer(source.tokenizer), shard_bytes, left_away)

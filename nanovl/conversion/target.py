@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanovl.checkpoint.sources import Source
 from nanovl.checkpoint.tensors import Tensors
 from nanovl.spec import ModelSpec
 from nanovl.tokenizer.bpe import AnyTokenizer
+
+MTP = "multi-token prediction"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Model:
     tokenizer: AnyTokenizer
     shard_bytes: int
     """Of targets that have shards: the most that one file holds."""
-    left_away: Sequence[str] = ()
-    """Tensors of the source that are not written, as asked: those of multi-token prediction."""
+    left_away: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What is not written, as asked -> its tensors in the source."""
 
 
 class Target(ABC):
