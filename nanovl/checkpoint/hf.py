@@ -74,7 +74,10 @@ def text_of(folder: Path) -> tuple[dict[str, Any], Tensors, list[str]]:
         )
     kept = {key: said[key] for key in ("tie_word_embeddings", "quantization_config") if key in said}
     stored = SafetensorsFolder(folder)
-    names = {alone: name for name in stored.described if (alone := _alone(name)) is not None}
+    named = [(alone, name) for name in stored.described if (alone := _alone(name)) is not None]
+    names = dict(named)
+    if twice := [alone for alone, name in named if names[alone] != name]:
+        raise CheckpointError(f"{folder}: twice, under two names: {', '.join(twice)}; take one of each away")
     left_away = sorted(stored.described.keys() - set(names.values()))
     config = {**kept, **of_type[kind].text_defaults, **text, "architectures": [of_type[kind].architecture]}
     return config, Called(stored, names), left_away

@@ -42,9 +42,8 @@ def attend_as_on(capability: Capability, part: nn.Module, *, deterministic: bool
 
 
 def _under(mode: TorchFunctionMode, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(
-        *args: Any, **kwargs: Any
-    ) -> Tensor:  # around each core: no such mode survives into what backward recomputes
+    # around each core: no such mode survives into what backward recomputes
+    def run(*args: Any, **kwargs: Any) -> Tensor:
         with mode:
             return forward(*args, **kwargs)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import nanovl
 from nanovl.checkpoint.locate import find_source
+from nanovl.convert_tools import main
 from nanovl.errors import CheckpointError
 from nanovl.registry import family
 from nanovl.tokenizer.bpe import Tokenizer
@@ -63,8 +64,19 @@ def test_text_alone_is_as_in_the_whole(name: str, tmp_path: Path) -> None:
     assert (nanovl.load(tmp_path / "run", device="cpu").model(tokens) - expected).abs().max() <= 5e-5
     alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert (alone(tokens).logits - expected).abs().max() <= 5e-5
-    with pytest.raises(CheckpointError, match="has no text_config"):
-        nanovl.convert(tmp_path / "hf", tmp_path / "no", to="run", text_only=True)
+    for path, said in (("hf", "has no text_config"), ("run", "has nothing but text to take out")):
+        with pytest.raises(CheckpointError, match=said):
+            nanovl.convert(tmp_path / path, tmp_path / "no", to="run", text_only=True)
+
+
+def test_the_command_says_what_is_left_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_images("gemma3", tmp_path / "whole")
+    assert main([str(tmp_path / "whole"), "--to", "run", "--text-only", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    gone = [line for line in lines if line.endswith(" -> left away")]
+    assert gone
+    assert all("vision_tower" in line or "multi_modal_projector" in line for line in gone)
+    assert f"; {len(gone)} tensors of images or sound left away; nothing written" in lines[-1]
 
 
 def test_names_as_transformers_4_wrote_them(tmp_path: Path) -> None:
@@ -80,6 +92,10 @@ def test_names_as_transformers_4_wrote_them(tmp_path: Path) -> None:
     assert any(name.startswith("language_model.model.layers.") for name in old)
     save_file(old, file)
     nanovl.convert(tmp_path / "whole", tmp_path / "old", to="safetensors", text_only=True)
+    save_file({**old, "lm_head.weight": old["language_model.model.embed_tokens.weight"].clone(),
+               "language_model.lm_head.weight": torch.zeros(1)}, file)  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"twice, under two names: lm_head\.weight"):
+        nanovl.convert(tmp_path / "whole", tmp_path / "no", to="run", text_only=True)
     before, after = (load_file(tmp_path / which / "model.safetensors") for which in ("new", "old"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
