@@ -16,7 +16,7 @@ from nanovl.dist import all_reduce, fork_ranks
 from nanovl.log import Log
 from nanovl.mesh import build_mesh, copy_full
 from nanovl.optim.gradients import clip_gradients, global_norm
-from nanovl.parallelisms.apply import parallelize
+from nanovl.parallelisms.apply import parallelism_mistakes, parallelize
 from nanovl.parallelisms.init import init_weights, materialize, named_generator
 from nanovl.parallelisms.memory import apply_activation_checkpointing
 from nanovl.registry import resolve_model
@@ -254,3 +254,13 @@ def cpu_shards_differ(rank: int) -> bool:
 
 def test_shards_hold_different_numbers() -> None:
     assert all(fork_ranks(cpu_shards_differ, 2))
+
+
+def test_offloading_wants_an_accelerator() -> None:
+    job = Job(model=Model(name="qwen3", flavor="debug"), parallelism=Parallelism(enable_cpu_offload=True))
+    spec = resolve_model(job.model, 512)
+    with torch.device("meta"):
+        model = spec.family.model(spec.config)
+    (line,) = parallelism_mistakes(model, job, 1, torch.device("cpu"))
+    assert line.startswith("parallelism.enable_cpu_offload = true: there is no accelerator to offload from")
+    assert parallelism_mistakes(model, job, 1, torch.device("cuda")) == []
