@@ -12,6 +12,9 @@ Size is one number, the depth; every constant is a field. A flavor is a depth (`
 (`d26@2026-01-18`): the sizes and constants of that day's model. Learning rates are those of July 2026 for all.
 
 Smear looks back over a document's start only where the row is one document; packed documents equal separate ones.
+
+Not of nanochat: multi-token prediction. To its modules a later token is all that it is to a first block: its embedding,
+smeared, which their block blends in again, and its entry in a value table of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from nanovl.config.schema import OptimizerGroup
 from nanovl.models.blocks.attention import Attention, AttentionMeta, MetaBuilder
 from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp
+from nanovl.models.blocks.mtp import MtpConfig, MtpModule
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.decoder import attention_layers, flops_per_token
 from nanovl.models.nanochat_config import ERAS, NanochatConfig
@@ -150,6 +154,10 @@ class Nanochat(Model):
         self.smear = Smear(config.smear_channels) if config.smear else None
         self.backout = Backout() if config.backout else None
         self.first_children, self.last_children = ["embed_tokens", "smear"], ["lm_head", "backout"]
+        if config.mtp is not None:
+            self.mtp = _mtp_modules(config, config.mtp, norm)
+            self.mtp_layers, self.mtp_loss_weight = config.mtp.num_layers, config.mtp.loss_weight
+            self.last_children += ["mtp", *self.first_children]
         self.meta = MetaBuilder(attention_layers(self))
 
     def tensor_plan(self) -> TensorPlan:
@@ -158,10 +166,12 @@ class Nanochat(Model):
         return TensorPlan({"embed_tokens": Cut("vocab", size), "lm_head": Cut("vocab", size)})
 
     def begin(self, inputs: Inputs) -> Stream:
-        x_BTD = self.norm(self.embed_tokens(inputs.tokens_BT))
-        if self.smear is not None:
-            x_BTD = self.smear(x_BTD, inputs.positions_BT)
+        x_BTD = self._embed(inputs)
         return (x_BTD, x_BTD) if self.config.residual_lambdas else (x_BTD,)
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        x_BTD: Tensor = self.norm(self.embed_tokens(inputs.tokens_BT))
+        return x_BTD if self.smear is None else self.smear(x_BTD, inputs.positions_BT)
 
     def pass_block(self, index: int, block: nn.Module, stream: Stream, inputs: Inputs) -> Stream:
         """The stream is x, the embedding where blocks read it, and from its block on the middle that is backed out."""
@@ -175,7 +185,22 @@ class Nanochat(Model):
         return 1 + self.config.residual_lambdas + has_middle
 
     def end(self, stream: Stream) -> Tensor:
-        return self.norm(stream[0] if self.backout is None else self.backout(stream[0], stream[-1]))
+        return self.norm(self._without_middle(stream))
+
+    def _without_middle(self, stream: Stream) -> Tensor:
+        return stream[0] if self.backout is None else self.backout(stream[0], stream[-1])
+
+    def look_ahead(
+        self, stream: Stream, ended_BTD: Tensor, ahead_BTU: Tensor, inputs: Inputs
+    ) -> list[Tensor]:
+        hidden_BTD = ended_BTD if self.config.mtp.hidden == "post_norm" else self._without_middle(stream)
+        states = []
+        for module, ahead_BT in zip(self.mtp.values(), ahead_BTU.unbind(-1), strict=True):
+            later = replace(inputs, tokens_BT=ahead_BT)
+            x0_BTD = self._embed(later)
+            x_BTD, hidden_BTD = module(hidden_BTD, x0_BTD, later, x0_BTD)
+            states.append(x_BTD)
+        return states
 
     def init_parameter(self, name: str, full: Tensor, generator: torch.Generator) -> None:
         """Uniform matrices of deviation hidden^-0.5; outputs zero, so that each block starts as the identity."""
@@ -186,13 +211,17 @@ class Nanochat(Model):
             "embedding": (config.x0_init, config.x0_init_last),
         }
         if leaf in lambdas:
-            full.copy_(torch.linspace(*lambdas[leaf], config.depth)[int(name.split(".")[1])])
+            layer = min(int(name.split(".")[1]), config.depth - 1)  # modules begin like the last layer
+            full.copy_(torch.linspace(*lambdas[leaf], config.depth)[layer])
         elif leaf in ("o_proj", "down_proj") or name == "smear.scale":
             full.zero_()
         elif leaf in ("q_proj", "k_proj", "v_proj", "value_embed"):
             full.uniform_(-bound, bound, generator=generator)
         elif leaf == "up_proj":
             bound *= config.mlp_init_scale
+            full.uniform_(-bound, bound, generator=generator)
+        elif leaf == "eh_proj":
+            bound /= sqrt(2.0)  # of two states
             full.uniform_(-bound, bound, generator=generator)
         elif leaf in ("value_gate", "gate"):
             full.uniform_(0.0, config.gate_init, generator=generator)
@@ -203,7 +232,19 @@ class Nanochat(Model):
             full.normal_(0.0, std, generator=generator)
 
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
-        return flops_per_token(self, mean_keys)
+        ahead = 0 if self.smear is None else self.mtp_layers * self.smear.gate.weight.numel()
+        return flops_per_token(self, mean_keys) + 2.0 * ahead
+
+
+def _mtp_modules(config: NanochatConfig, mtp: MtpConfig, norm: NormConfig) -> nn.ModuleDict:
+    """One a depth, numbered on from the layers, around another layer of the named kind."""
+    layer, size = config.layer_names().index(config.mtp_block()), config.hidden_size
+    return nn.ModuleDict(
+        {
+            str(config.depth + k): MtpModule(mtp, NanochatBlock(config, layer, norm), size, norm)
+            for k in range(mtp.num_layers)
+        }
+    )
 
 
 def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
@@ -225,7 +266,7 @@ def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:
         few = r"smear\..*|backout\.scale"
         groups.append(group(match=few, lr=0.2, beta2=0.95, weight_decay=0.0, scale_with_batch=False))
     muon = partial(OptimizerGroup, kind="muon", lr=0.02, weight_decay=0.28)
-    return [*groups, muon(match=r"layers\..*\.weight", weight_decay_schedule="cosine")]
+    return [*groups, muon(match=r"(layers|mtp)\..*\.weight", weight_decay_schedule="cosine")]
 
 
 FLAVORS: dict[str, Callable[[], NanochatConfig]] = {

@@ -21,9 +21,10 @@ from typing import Any
 
 from nanovl.models.blocks.attention import AttentionConfig, raise_if
 from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.mtp import MtpConfig
 from nanovl.models.blocks.rope import RopeConfig
 from nanovl.models.decoder import BlockConfig
-from nanovl.spec import FREE
+from nanovl.spec import FREE, GROWN
 
 EPS = 1.1920929e-07
 """float32's own epsilon, which torch's norms add where none is given, as in nanochat."""
@@ -93,6 +94,8 @@ class NanochatConfig:
     """Initial weight of the embedding before the first block."""
     x0_init_last: float = field(default=0.05, metadata=FREE)
     """The same before the last block."""
+    mtp: MtpConfig | None = field(default=None, metadata=GROWN)
+    """Multi-token prediction, which nanochat's own code does not have."""
 
     @property
     def num_hidden_layers(self) -> int:
@@ -141,6 +144,10 @@ class NanochatConfig:
         """The template of each layer."""
         return [self.layer_name(layer) for layer in range(self.depth)]
 
+    def mtp_block(self) -> str:
+        """The template of layers that predict ahead, where there are any."""
+        return (self.mtp.block if self.mtp else None) or self.layer_name(self.depth - 1)
+
     @property
     def ffn(self) -> MlpConfig:
         return MlpConfig(intermediate_size=self.mlp_ratio * self.hidden_size, activation="relu2", gated=False)
@@ -183,6 +190,7 @@ class NanochatConfig:
                 if not 0 < getattr(self, key) <= self.hidden_size:
                     wrong.append(f"{key} = {getattr(self, key)}: wants 1 to hidden_size = {self.hidden_size}")
             wrong += self.attention(0).mistakes()
+            wrong += [f"mtp.{m}" for m in self.mtp.mistakes(self.blocks)] if self.mtp else []
         raise_if(wrong)
 
 

@@ -187,7 +187,7 @@ def optimizer_groups(config: DecoderConfig) -> list[OptimizerGroup]:
     return [
         adamw(match=r"lm_head\.weight", lr=0.004),
         adamw(match=r"embed_tokens\.weight", lr=0.2),
-        OptimizerGroup(match=r"layers\..*_proj\.weight", kind="muon", lr=0.02, weight_decay=0.0),
+        OptimizerGroup(match=r"(layers|mtp)\..*_proj\.weight", kind="muon", lr=0.02, weight_decay=0.0),
     ]
 
 

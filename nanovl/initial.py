@@ -43,7 +43,11 @@ def find_initial(job: Job, spec: ModelSpec) -> Initial:
     counted, counting = _counters(given), _counters(known)
     if wrong := differences(given, known):
         raise ConfigError(
-            [*wrong, *_misfits(weights_of(given), weights_of(known), counted | counting)],
+            [
+                *wrong,
+                *_misfits(weights_of(given), weights_of(known), counted | counting),
+                *_remedies(given, known),
+            ],
             f"checkpoint.initial_load_path: {path} holds another model than [model]",
         )
     grown = weights_of(spec).keys() - weights_of(known).keys()
@@ -81,6 +85,17 @@ def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:
         if key.endswith(".kind") or not key.startswith(others)
     ]
     return [*family, *lines] if lines and given.family.name != wanted.family.name else lines
+
+
+def _remedies(given: ModelSpec, wanted: ModelSpec) -> list[str]:
+    """What to do where they differ in parts alone that one of them does without."""
+    grown = replace(wanted, config=ungrown(wanted.config, given.config))
+    if not differences(given, grown):
+        return ["set checkpoint.initial_load_grow = true: what it lacks then begins as in a fresh run"]
+    has_modules = getattr(given.config, "mtp", None) is not None
+    if has_modules and not differences(replace(given, config=replace(given.config, mtp=None)), wanted):
+        return ["leave its modules of multi-token prediction away with `nanovl convert --without-mtp`"]
+    return []
 
 
 def tokenizer_folder(job: Job) -> Path | None:

@@ -63,10 +63,12 @@ class MtpModule(nn.Module):
         self.block = block
         self.norm = RMSNorm(hidden_size, norm)
 
-    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """-> states for the head, states for the next depth."""
+    def forward(
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, inputs: Inputs, *stream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> states for the head, states for the next depth; `stream` = what the block reads beside x_BTD."""
         both_BTD = torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        x_BTD = self.block(self.eh_proj(both_BTD), inputs)
+        x_BTD = self.block(self.eh_proj(both_BTD), inputs, *stream)
         normed_BTD = self.norm(x_BTD)
         return normed_BTD, normed_BTD if self.hands_on_normed else x_BTD
 

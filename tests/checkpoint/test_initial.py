@@ -110,6 +110,18 @@ def test_another_model_is_refused_by_its_name_or_fields_and_then_by_its_tensors(
     assert caught.value.mistakes == ["model.blocks.full.mixer.rope.theta = 5.0: it has 1000000.0"]
 
 
+def test_parts_that_one_lacks_are_refused_with_what_to_do(
+    balanced: Path, tmp_path: Path, no_tokenizer: list[str]
+) -> None:
+    new, ahead = tmp_path / "new", ["--model.mtp.num_layers=1"]
+    asked = "model.mtp.num_layers = 1: it has None", "tensors that it lacks: mtp.*"
+    refused(new, [*no_tokenizer, *ahead], balanced, *asked, "set checkpoint.initial_load_grow = true: what")
+    run(tmp_path / "ahead", [*no_tokenizer, *ahead, "--checkpoint.initial_load_grow=true"], balanced)
+    refused(new, no_tokenizer, tmp_path / "ahead", "model.mtp.num_layers = None", "convert --without-mtp`")
+    convert(tmp_path / "ahead", tmp_path / "less", to="run", without_mtp=True)
+    run(new, no_tokenizer, tmp_path / "less")
+
+
 def test_weights_or_a_tokenizer_that_are_not_there_are_refused(
     balanced: Path, tmp_path: Path, tiny_flags: list[str], no_tokenizer: list[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,9 @@ MODELS: dict[str, Model] = {
         },
     ),
 }
+MODELS["nanochat mtp"] = replace(
+    MODELS["nanochat"], overrides={**MODELS["nanochat"].overrides, "mtp": {"num_layers": 2}}
+)
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS_WITH_EXPERTS: dict[str, Model] = {
     "moe": Model(

@@ -300,6 +300,10 @@ PIPELINE = "pipeline_parallel_schedule"
                 ("qwen3 mtp", 2, {"tensor_parallel_degree": 2}),
                 ("qwen3 mtp", 2, {"context_parallel_degree": 2}),
                 ("qwen3 mtp", 2, {"pipeline_parallel_degree": 2}),
+                ("nanochat mtp", 2, {}),
+                ("nanochat mtp", 4, {"tensor_parallel_degree": 2}),
+                ("nanochat mtp", 2, {"context_parallel_degree": 2}),
+                ("nanochat mtp", 2, {"pipeline_parallel_degree": 2}),
             ]
         ),
     ],
