@@ -40,12 +40,12 @@ def find_initial(job: Job, spec: ModelSpec) -> Initial:
     source = find_source(path)
     given = source.spec
     known = replace(spec, config=ungrown(spec.config, given.config)) if grow else spec
-    counted, counting = _counters(given), _counters(known)
+    begun, unused = counters_apart(given, known)
     if wrong := differences(given, known):
         raise ConfigError(
             [
                 *wrong,
-                *_misfits(weights_of(given), weights_of(known), counted | counting),
+                *_misfits(weights_of(given), weights_of(known), begun | unused),
                 *_remedies(given, known),
             ],
             f"checkpoint.initial_load_path: {path} holds another model than [model]",
@@ -55,7 +55,14 @@ def find_initial(job: Job, spec: ModelSpec) -> Initial:
         raise ConfigError(
             f"checkpoint.initial_load_grow = true: {path} has every part of the model; leave it out"
         )
-    return Initial(source, frozenset(grown | (counting - counted)), frozenset(counted - counting))
+    return Initial(source, begun | grown, unused)
+
+
+def counters_apart(given: ModelSpec, wanted: ModelSpec) -> tuple[frozenset[str], frozenset[str]]:
+    """Counters of `wanted` that weights of `given` lack, which begin anew, and those that `wanted` has no use for."""
+    with torch.device("meta"):
+        held, asked = (spec.family.model(spec.config).counter_names() for spec in (given, wanted))
+    return frozenset(asked - held), frozenset(held - asked)
 
 
 def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -> None:
@@ -64,10 +71,13 @@ def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -
     for part in parallel.parts:
         init_weights(part, job.debug.seed, initial.fresh)
     initial.source.fill(parallel.whole, initial.fresh, initial.unused)
-    said = f"  weights   {job.checkpoint.initial_load_path}"
-    for what, names in (("fresh", initial.fresh), ("not used", initial.unused)):
-        said += f"; {what}: {shorten(sorted(names))}" if names else ""
-    log.say(said)
+    log.say(f"  weights   {job.checkpoint.initial_load_path}{told(initial.fresh, initial.unused)}")
+
+
+def told(fresh: Collection[str], unused: Collection[str]) -> str:
+    """What a log line adds of tensors that begin anew and of those that are left aside."""
+    both = (("fresh", fresh), ("not used", unused))
+    return "".join(f"; {what}: {shorten(sorted(names))}" for what, names in both if names)
 
 
 def differences(given: ModelSpec, wanted: ModelSpec) -> list[str]:
@@ -162,11 +172,6 @@ def _tokenizer(job: Job, path: Path, source: Source) -> AnyTokenizer:
             f"checkpoint.initial_load_path: {path} brings no tokenizer that can be read ({reason}); name the one its "
             "weights have learnt in tokenizer.path"
         ) from None
-
-
-def _counters(spec: ModelSpec) -> set[str]:
-    with torch.device("meta"):
-        return spec.family.model(spec.config).counter_names()
 
 
 def _misfits(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor], but: Collection[str]) -> list[str]:

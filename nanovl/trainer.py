@@ -39,7 +39,7 @@ from nanovl.flops import attended_keys, reachable_keys, training_flops_per_token
 from nanovl.hang import HangWatch, record_collectives
 from nanovl.header import say_header
 from nanovl.heldout import Heldout
-from nanovl.initial import check_initial
+from nanovl.initial import check_initial, counters_apart, told
 from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
@@ -48,7 +48,7 @@ from nanovl.optim.index_loss import IndexLosses
 from nanovl.optim.qk_clip import QkClip
 from nanovl.optim.scaling import SizeRules
 from nanovl.profiling import Profiler
-from nanovl.registry import spec_to_dict
+from nanovl.registry import spec_from_dict, spec_to_dict
 from nanovl.report import write_report
 from nanovl.run import Run, write_json
 from nanovl.samples import continue_prompts
@@ -410,7 +410,8 @@ class Trainer:
         )
 
     def _resume(self, checkpoint: Path) -> None:
-        restored = self.checkpointer.load(checkpoint)
+        counters = counters_apart(spec_from_dict(resumable_meta(checkpoint)["model"]), self.spec)
+        restored = self.checkpointer.load(checkpoint, *counters)
         meta = restored.meta
         self.step, self.tokens = meta["step"], meta["tokens"]
         self.seconds, self.flops = meta["seconds"], meta["flops"]
@@ -418,7 +419,7 @@ class Trainer:
         if self.world.rank < len(restored.ranks):
             rng = base64.b64decode(restored.ranks[self.world.rank]["rng"])
             torch.set_rng_state(torch.frombuffer(bytearray(rng), dtype=torch.uint8))
-        self.log.say(f"  resume    {checkpoint} (step {self.step})")
+        self.log.say(f"  resume    {checkpoint} (step {self.step}){told(*counters)}")
 
     def _checkpoint_to_resume(self, resume: bool) -> Path | None:
         """The newest complete checkpoint, as rank 0 sees it; None = from the start."""

@@ -169,11 +169,12 @@ class Checkpointer:
                 ) from self.failure
             barrier()
 
-    def load(self, checkpoint: Path) -> Restored:
-        """Fill model and optimizers from `checkpoint`, of any mesh. Raises CheckpointError with every key at fault."""
+    def load(self, checkpoint: Path, fresh: Collection[str] = (), unused: Collection[str] = ()) -> Restored:
+        """Fill model and optimizers from `checkpoint`, of any mesh, but for the model's tensors called `fresh`; it may
+        have more, called `unused`. Raises CheckpointError with every other key at fault."""
         meta = resumable_meta(checkpoint)
-        state = {"model": _model_state(self.model), "optimizer": self._optimizer_state()}
-        _read_state(checkpoint, state, whole=True)
+        state = {"model": _model_state(self.model, fresh), "optimizer": self._optimizer_state()}
+        _read_state(checkpoint, state, whole=True, unused=unused)
         set_model_state_dict(self.model, state["model"], options=_CHECKED)
         if self.optimizers:
             set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=_FLAT)
@@ -217,8 +218,8 @@ def load_weights(
 ) -> None:
     """Fill `model` alone, but for the tensors called `fresh`, from `checkpoint`, of any mesh, whose tensors called
     `unused` it lacks. Raises CheckpointError listing every other key at fault."""
-    state = {"model": {name: value for name, value in _model_state(model).items() if name not in fresh}}
-    _read_state(checkpoint, state, whole=False, unused=[MODEL + name for name in unused])
+    state = {"model": _model_state(model, fresh)}
+    _read_state(checkpoint, state, whole=False, unused=unused)
     set_model_state_dict(model, state["model"], options=_CHECKED)
 
 
@@ -233,19 +234,19 @@ def read_rank_states(checkpoint: Path) -> list[dict[str, Any]]:
     return states
 
 
-def _model_state(model: nn.Module) -> dict[str, Any]:
-    """Weights and buffers by name, a tied weight under its first name only."""
+def _model_state(model: nn.Module, but: Collection[str] = ()) -> dict[str, Any]:
+    """Weights and buffers by name, a tied weight under its first name only, without those called `but`."""
     state = get_model_state_dict(model)
     names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    return {name: value for name, value in state.items() if name not in tied}
+    return {name: value for name, value in state.items() if name not in tied and name not in but}
 
 
 def _read_state(
     checkpoint: Path, state: dict[str, Any], *, whole: bool, unused: Collection[str] = ()
 ) -> None:
     """dcp.load into `state`, after comparing names and shapes; `whole` = some rank must want every stored key, else
-    every one of the model but those `unused`.
+    every one of the model; in both cases but the model's `unused`.
 
     All ranks raise if one has to.
     """
@@ -253,7 +254,8 @@ def _read_state(
     stored = read_metadata(reader, checkpoint / "state").state_dict_metadata
     wanted = {f"{part}.{key}": value for part, values in state.items() for key, value in values.items()}
     wrong = [f"missing {key}" for key in wanted if key not in stored]
-    known = [key for key in sorted(stored) if whole or (key.startswith(MODEL) and key not in unused)]
+    left = {MODEL + name for name in unused}
+    known = [key for key in sorted(stored) if (whole or key.startswith(MODEL)) and key not in left]
     wrong += [f"unexpected {key}" for key in _wanted_nowhere(known, wanted)]
     for key, value in wanted.items():
         size = getattr(stored.get(key), "size", None)

@@ -78,6 +78,16 @@ def test_the_tokenizer_comes_along_and_a_loss_may_come_and_go(
     assert all(float(again[name].sum()) == pytest.approx(1.0) for name in loads)
 
 
+def test_a_loss_may_come_and_go_on_resuming(balanced: Path, tmp_path: Path, tiny_flags: list[str]) -> None:
+    shutil.copytree(balanced, tmp_path / "run")
+    for steps, coefficient, what in ((2, 0, "not used"), (3, 0.01, "fresh")):
+        flags = [*tiny_flags, f"{AUX}={coefficient}", f"--training.steps={steps}"]
+        said = run(tmp_path / "run", flags, resume=True)
+        assert f"step_00000{steps - 1} (step {steps - 1}); {what}: layers.*.ffn.router.load (x2)\n" in said
+    loads = load(tmp_path / "run", device="cpu").model.state_dict()
+    assert loads["layers.0.ffn.router.load"].sum() == pytest.approx(1.0)
+
+
 def test_files_of_hugging_face_have_a_tokenizer_and_no_counters(
     balanced: Path, tmp_path: Path, no_tokenizer: list[str]
 ) -> None:
