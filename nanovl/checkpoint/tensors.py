@@ -6,7 +6,9 @@ names. A chain of them from source to file is a conversion, and holds about two 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -176,11 +178,13 @@ def under_our_names(
     groups = dict.fromkeys(g for g in found.values() if g is not None and wanted.keys() >= set(g.ours))
     wrong = [f"unknown {theirs}" for theirs, group in found.items() if group not in groups]
     wrong += [f"missing {theirs}" for group in groups for theirs in group.theirs if theirs not in there]
-    filled = [ours for group in groups for ours in group.ours]
+    filled = Counter(ours for group in groups for ours in group.ours)
     wrong += [
-        f"missing {theirs}" for ours in wanted.keys() - set(filled) for theirs in names.group_of(ours).theirs
+        f"missing {theirs}"
+        for ours in wanted.keys() - filled.keys()
+        for theirs in names.group_of(ours).theirs
     ]
-    wrong += [f"twice, in two layouts, {ours}" for ours in set(filled) if filled.count(ours) > 1]
+    wrong += [f"twice, in two layouts, {ours}" for ours, count in filled.items() if count > 1]
     for group in groups:
         if there.keys() >= set(group.theirs):
             shapes = _shape_mistakes(group, there, wanted)
@@ -188,8 +192,15 @@ def under_our_names(
             if group.mistakes is not None and not shapes:
                 wrong += group.mistakes([source.read(name) for name in group.theirs])
     if wrong:
-        raise CheckpointError(f"{what}:" + "".join(f"\n  {line}" for line in sorted(set(wrong))))
+        raise CheckpointError(
+            f"{what}:" + "".join(f"\n  {line}" for line in sorted(set(wrong), key=_by_number))
+        )
     return Renamed(source, groups, to_ours=True)
+
+
+def _by_number(line: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", line)]
 
 
 def _shape_mistakes(group: Group, there: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -186,7 +186,7 @@ def test_every_weight_at_fault_is_listed_and_nothing_is_written(
     for file in source.glob("model*"):
         file.unlink()
     del weights["model.layers.0.mlp.experts.2.up_proj.weight"]
-    weights["mtp.fc.weight"] = torch.zeros(2)
+    weights |= {"mtp.10.weight": torch.zeros(2), "mtp.2.weight": torch.zeros(2)}
     weights[NORM] = torch.zeros(7)
     weights["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(3, 32)
     save_file(weights, source / "model.safetensors")
@@ -198,7 +198,8 @@ def test_every_weight_at_fault_is_listed_and_nothing_is_written(
         "  model.layers.1.mlp.experts.0.up_proj.weight + model.layers.1.mlp.experts.1.up_proj.weight is (16, 32), "
         "(3, 32), which cannot be rearranged into layers.1.ffn.experts.up_proj (4, 16, 32)",
         f"  {NORM} is (7,), the model wants (32,)",
-        "  unknown mtp.fc.weight",
+        "  unknown mtp.2.weight",
+        "  unknown mtp.10.weight",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
