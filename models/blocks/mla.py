@@ -4,8 +4,14 @@
     k_h = [kv_b_h norm(latent) | rotated key_r],   v_h = kv_b'_h norm(latent)
     q_h = [q_b_h norm(q_a x) | its last channels rotated]
 
-Only the last `qk_rope_head_dim` channels of a head turn. Keys and values are expanded to all heads before `core`, as in
-training; so the engine's cache holds them expanded too. With an indexer, `core` attends to the keys that it chooses.
+Only the last `qk_rope_head_dim` channels of a head turn. Keys and values are expanded to all heads before `core`. Where
+few new tokens read many (the engine remembers the two small ones of all), kv_b is folded into queries and outputs
+instead, and all heads read one key and one value, the latent itself:
+
+    q_h . k_h = [kv_b_h^T q_h's still channels | rotated q_h] . [norm(latent) | rotated key_r]
+    sum_s a_hs v_hs = kv_b'_h sum_s a_hs norm(latent_s)
+
+With an indexer, `core` attends to the keys that it chooses.
 """
 
 from __future__ import annotations
@@ -18,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
-from nanovl.models.blocks.indexer import Indexer, IndexerConfig
+from nanovl.models.blocks.indexer import Index, Indexer, IndexerConfig
 from nanovl.models.blocks.kernels import varlen_mistakes
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
 from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.spec import FREE, GROWN, Cut, TensorPlan
 
-# B batch, T tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
+# B batch, T tokens, S key tokens, D model channels in x and head channels elsewhere, L latent channels, H heads
 
 
 @dataclass(kw_only=True)
@@ -131,6 +137,7 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = RMSNorm(kv_rank, norm)
         self.kv_b_proj = nn.Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden_size, config.bias)
+        self.latents = Latents(config.sliding_window, kv_rank, config.qk_rope_head_dim)
         core = (config.sliding_window, heads, config.qk_head_dim, config.scores, config.v_head_dim)
         self.indexer: Indexer | None = None
         if config.indexer is None or q_rank is None:
@@ -183,26 +190,82 @@ class LatentAttention(nn.Module):
         keys = torch.cat((still_HD, torch.ones_like(gamma_H1).expand(-1, config.v_head_dim)), dim=1)
         return {"q_proj" if config.q_lora_rank is None else "q_b_proj": queries, "kv_b_proj": keys}
 
-    def qkv(self, x_BTD: Tensor, q_latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, their last channels rotated, and values, [B, T, H, D]; queries from their latent, which is
-        x itself where they have none."""
-        config = self.config
-        still, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        cos, sin = meta.rope[self.rope_key]
-        q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(q_latent_BTL)
-        q_still, q_turned = q_BTD.unflatten(2, (-1, still + turned)).split([still, turned], dim=-1)
-        kv_latent_BTL, k_turned_BTD = self.kv_a_proj(x_BTD).split([config.kv_lora_rank, turned], dim=-1)
-        k_turned_BT1D = apply_rope(k_turned_BTD[:, :, None], cos, sin)
-        kv_BTHD = self.kv_b_proj(self.kv_a_norm(kv_latent_BTL)).unflatten(2, (-1, still + value))
-        k_still, v_BTHD = kv_BTHD.split([still, value], dim=-1)
-        q_BTHD = torch.cat((q_still, apply_rope(q_turned, cos, sin)), dim=-1)
-        k_BTHD = torch.cat((k_still, k_turned_BT1D.expand(-1, -1, k_still.shape[2], -1)), dim=-1)
-        return q_BTHD, k_BTHD, v_BTHD
-
     def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
-        latent_BTL = x_BTD if self.config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
-        qkv = self.qkv(x_BTD, latent_BTL, meta)
+        config = self.config
+        q_latent_BTL = x_BTD if config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
+        still_BTHD, turned_BTHD = self.queries(x_BTD, q_latent_BTL, meta)
+        latent_BSL, turned_BSD = self.latents(*self.keys(x_BTD, meta))
         index = {}
         if self.indexer is not None:
-            index["index"] = self.indexer(x_BTD, latent_BTL, *meta.rope[self.rope_key])
-        return self.o_proj(self.core(*qkv, meta, **index).flatten(2))
+            index["index"] = self.indexer(x_BTD, q_latent_BTL, *meta.rope[self.rope_key])
+        attend = self.folded if self.folds(x_BTD.shape[1], latent_BSL.shape[1]) else self.expanded
+        return self.o_proj(attend(still_BTHD, turned_BTHD, latent_BSL, turned_BSD, meta, **index).flatten(2))
+
+    def queries(self, x_BTD: Tensor, q_latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
+        """Their still and their turned channels, [B, T, H, D]; from their latent, which is x where they have none."""
+        config = self.config
+        q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(q_latent_BTL)
+        parts = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        still_BTHD, turned_BTHD = q_BTD.unflatten(2, (-1, sum(parts))).split(parts, dim=-1)
+        return still_BTHD, apply_rope(turned_BTHD, *meta.rope[self.rope_key])
+
+    def keys(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
+        """Normed latents [B, T, L] and turned keys [B, T, D], from which all heads' keys and values come."""
+        parts = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
+        latent_BTL, turned_BTD = self.kv_a_proj(x_BTD).split(parts, dim=-1)
+        turned_BT1D = apply_rope(turned_BTD[:, :, None], *meta.rope[self.rope_key])
+        return self.kv_a_norm(latent_BTL), turned_BT1D[:, :, 0]
+
+    def folds(self, tokens: int, keys: int) -> bool:
+        """Whether folding kv_b costs fewer multiplications than expanding all `keys`, some of them earlier tokens."""
+        latent, head = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        return keys > tokens and tokens * (keys * (2 * latent - head) + latent * head) < keys * latent * head
+
+    def expanded(
+        self,
+        q_still_BTHD: Tensor,
+        q_turned_BTHD: Tensor,
+        latent_BSL: Tensor,
+        k_turned_BSD: Tensor,
+        meta: AttentionMeta,
+        **index: Index,
+    ) -> Tensor:
+        """Attention of heads with keys and values of their own, [B, T, H, D]."""
+        parts = [self.config.qk_nope_head_dim, self.config.v_head_dim]
+        k_still_BSHD, v_BSHD = self.kv_b_proj(latent_BSL).unflatten(2, (-1, sum(parts))).split(parts, dim=-1)
+        k_turned_BSHD = k_turned_BSD[:, :, None].expand(-1, -1, k_still_BSHD.shape[2], -1)
+        q_BTHD = torch.cat((q_still_BTHD, q_turned_BTHD), dim=-1)
+        k_BSHD = torch.cat((k_still_BSHD, k_turned_BSHD), dim=-1)
+        out_BTHD: Tensor = self.core(q_BTHD, k_BSHD, v_BSHD, meta, **index)
+        return out_BTHD
+
+    def folded(
+        self,
+        q_still_BTHD: Tensor,
+        q_turned_BTHD: Tensor,
+        latent_BSL: Tensor,
+        k_turned_BSD: Tensor,
+        meta: AttentionMeta,
+        **index: Index,
+    ) -> Tensor:
+        """The same of heads that share one key and one value."""
+        parts = [self.config.qk_nope_head_dim, self.config.v_head_dim]
+        k_HDL, v_HDL = self.kv_b_proj.weight.unflatten(0, (-1, sum(parts))).split(parts, dim=1)
+        q_BTHL = torch.einsum("bthd,hdl->bthl", q_still_BTHD, k_HDL)
+        q_BTHD = torch.cat((q_BTHL, q_turned_BTHD), dim=-1)
+        k_BS1D = torch.cat((latent_BSL, k_turned_BSD), dim=-1)[:, :, None]
+        out_BTHL = self.core(q_BTHD, k_BS1D, latent_BSL[:, :, None], meta, **index)
+        return torch.einsum("bthl,hdl->bthd", out_BTHL, v_HDL)
+
+
+class Latents(nn.Module):
+    """What an attention's keys and values come from. A child of its own, like `core`: the engine puts one in its place
+    that remembers, and gives those of all tokens so far."""
+
+    def __init__(self, window: int | None, latent_channels: int, turned_channels: int) -> None:
+        super().__init__()
+        self.window = window
+        self.sizes = [latent_channels, turned_channels]
+
+    def forward(self, latent_BTL: Tensor, turned_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return latent_BTL, turned_BTD

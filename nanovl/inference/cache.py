@@ -1,8 +1,9 @@
 """Keys, values and last embeddings of running requests, and the children of a model that keep them.
 
 The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
-`CachedCore`, every `SparseCore` by a `CachedSparseCore` and every `PreviousToken` by a `CachedPrevious`, found by
-class wherever they sit; those of Gated DeltaNet by what states.py has. Another child that looks at earlier tokens needs
+`CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit; those of Gated DeltaNet
+by what states.py has. Latent attention remembers one child earlier: `CachedLatents` stands for its `Latents`, and its
+core, a `FedCore` or `CachedSparseCore`, gets the keys of all tokens. Another child that looks at earlier tokens needs
 its cached form in `cached_form`.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from nanovl.inference.request import RequestError
 from nanovl.inference.states import State, grown, state_of
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, attend
 from nanovl.models.blocks.indexer import Index, chosen
+from nanovl.models.blocks.mla import LatentAttention, Latents
 from nanovl.models.blocks.sparse_core import SparseCore
 from nanovl.models.nanochat import PreviousToken
 from nanovl.spec import serving_modules
@@ -104,7 +107,7 @@ class CacheMemory:
     slots: int
     places: int
     bytes_per_token: int
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers, or the latents they come from."""
     bytes_per_slot: int = 0
     """What layers keep of a request in a fixed size."""
 
@@ -134,15 +137,22 @@ class KVCache:
             (parent, name, child, cached)
             for parent in serving_modules(model)
             for name, child in parent.named_children()
-            if (cached := cached_form(child, self)) is not None
+            if (cached := cached_form(child, parent, self)) is not None
         ]
-        self._cores = [cached for *_, cached in self._seats if isinstance(cached, CachedCore)]
-        self._states = [cached for *_, cached in self._seats if isinstance(cached, State)]
-        if not self._cores and not self._states:
+        children = [cached for *_, cached in self._seats]
+        self._kept = [kept for cached in children if isinstance(cached, Remembering) for kept in cached.kept]
+        self._states = [cached for cached in children if isinstance(cached, State)]
+        if not self._kept and not self._states:
             name = type(model).__name__
             raise RequestError(
                 f"Engine: {name} has no AttentionCore; give it a model built of nanovl's blocks"
             )
+
+    @property
+    def current(self) -> Feed:
+        """What the forward that is running feeds."""
+        assert self.feed is not None, "a cached child outside of KVCache.installed"
+        return self.feed
 
     def reserve(self, slots: int, places: int) -> None:
         """Have room for `slots` requests of `places` tokens from the next forward on."""
@@ -171,23 +181,85 @@ class KVCache:
 
     def memory(self) -> CacheMemory:
         """What is reserved; before the first forward, as if computed in the dtype of the weights."""
-        per_token = sum(core.bytes_per_token(self._weights_dtype) for core in self._cores)
+        per_token = sum(kept.bytes_per_token(self._weights_dtype) for kept in self._kept)
         per_slot = sum(state.bytes_per_slot(self._weights_dtype) for state in self._states)
         return CacheMemory(self.slots, self.places, per_token, per_slot)
 
 
-class CachedCore(nn.Module):
-    """AttentionCore over the keys and values of each row's slot, the new ones included."""
+class Kept:
+    """Something of every token of every slot, [slots, places, ...]."""
 
-    def __init__(self, core: AttentionCore, cache: KVCache) -> None:
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+        """Of one token."""
+        self.store: Tensor | None = None
+
+    def recall(self, x_BT: Tensor, cache: KVCache, window: int | None) -> Tensor:
+        """Keep what this forward brings, [B, T, ...], and return all that its rows may read, [B, S, ...]."""
+        feed = cache.current
+        keys = feed.keys(window)
+        self.store = grown(self.store, (cache.slots, cache.places, *x_BT.shape[2:]), x_BT)
+        self.store[feed.slots_N, feed.places_N] = feed.without_padding(x_BT)
+        return self.store[feed.slots, keys.first : keys.stop]
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """`dtype` where none has arrived yet."""
+        return prod(self.shape) * (dtype if self.store is None else self.store.dtype).itemsize
+
+
+class Remembering(nn.Module):
+    """A child that keeps something of every token, for queries with `window`."""
+
+    def __init__(self, cache: KVCache, window: int | None, *kept: Kept) -> None:
         super().__init__()
         self.cache = cache
-        self.window = core.window
-        self.num_key_value_heads = core.num_key_value_heads
-        self.channels = core.head_dim + core.value_dim
+        self.window = window
+        self.kept = kept
+
+    def recall(self, *new: Tensor) -> list[Tensor]:
+        """Of each thing that is kept, all that this forward's rows may read, what is new included."""
+        both = zip(self.kept, new, strict=True)
+        return [kept.recall(x_BT, self.cache, self.window) for kept, x_BT in both]
+
+    def stores(self) -> list[Tensor]:
+        """Tensors [slots, ...] that hold what was seen."""
+        return [kept.store for kept in self.kept if kept.store is not None]
+
+
+class FedCore(Remembering):
+    """AttentionCore over keys and values of all tokens so far, which its layer has recalled."""
+
+    def __init__(self, core: AttentionCore, cache: KVCache, *kept: Kept) -> None:
+        super().__init__(cache, core.window, *kept)
         self.scores = core.scores.uncompiled
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+
+    def forward(
+        self,
+        q_BTHD: Tensor,
+        k_BSKD: Tensor,
+        v_BSKD: Tensor,
+        meta: AttentionMeta,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """-> [B, T, H, D]."""
+        feed = self.cache.current
+        keys = feed.keys(self.window)
+        batch, tokens, heads, head_dim = q_BTHD.shape
+        how = partial(attend, scores=self.scores, heat_BT=self.scores.heat(feed.positions_BT))
+        if tokens > 1 or sinks_H is not None:
+            return how(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal, sinks_H=sinks_H)
+        # the query heads of one key head, taken for that many tokens, read each key once instead of once each
+        grouped = q_BTHD.view(batch, k_BSKD.shape[2], -1, head_dim).transpose(1, 2)
+        out = how(grouped, k_BSKD, v_BSKD, keys.mask)
+        return out.transpose(1, 2).reshape(batch, 1, heads, -1)
+
+
+class CachedCore(FedCore):
+    """AttentionCore that remembers keys and values."""
+
+    def __init__(self, core: AttentionCore, cache: KVCache) -> None:
+        heads = core.num_key_value_heads
+        super().__init__(core, cache, Kept(heads, core.head_dim), Kept(heads, core.value_dim))
 
     def forward(
         self,
@@ -198,70 +270,38 @@ class CachedCore(nn.Module):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """-> [B, T, H, D]."""
-        feed, keys, k_BSKD, v_BSKD = self.recall(k_BTKD, v_BTKD)
-        batch, tokens, heads, head_dim = q_BTHD.shape
-        how = partial(attend, scores=self.scores, heat_BT=self.scores.heat(feed.positions_BT))
-        if tokens > 1 or sinks_H is not None:
-            return how(q_BTHD, k_BSKD, v_BSKD, keys.mask, is_causal=keys.is_causal, sinks_H=sinks_H)
-        # the query heads of one key head, taken for that many tokens, read each key once instead of once each
-        grouped = q_BTHD.view(batch, k_BSKD.shape[2], -1, head_dim).transpose(1, 2)
-        out = how(grouped, k_BSKD, v_BSKD, keys.mask)
-        return out.transpose(1, 2).reshape(batch, 1, heads, -1)
-
-    def recall(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Feed, Keys, Tensor, Tensor]:
-        """Keep what this forward brings; its feed, and which keys and values [B, S, ...] its rows read."""
-        feed = self.cache.feed
-        assert feed is not None, "a cached core outside of KVCache.installed"
-        keys = feed.keys(self.window)
-        self.k, k_BSKD = self._kept(self.k, k_BTKD, feed, keys)
-        self.v, v_BSKD = self._kept(self.v, v_BTKD, feed, keys)
-        return feed, keys, k_BSKD, v_BSKD
-
-    def _kept(self, store: Tensor | None, x_BT: Tensor, feed: Feed, keys: Keys) -> tuple[Tensor, Tensor]:
-        """`store` with this forward's tokens in it, and what of it is read."""
-        store = grown(store, (self.cache.slots, self.cache.places, *x_BT.shape[2:]), x_BT)
-        store[feed.slots_N, feed.places_N] = feed.without_padding(x_BT)
-        return store, store[feed.slots, keys.first : keys.stop]
-
-    def stores(self) -> list[Tensor]:
-        """Tensors [slots, ...] that hold what was seen."""
-        return [store for store in (self.k, self.v) if store is not None]
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Of keys and values; `dtype` where none have arrived yet."""
-        if self.k is None or self.v is None:
-            return self.num_key_value_heads * self.channels * dtype.itemsize
-        return self.k[0, 0].nbytes + self.v[0, 0].nbytes
+        k_BSKD, v_BSKD = self.recall(k_BTKD, v_BTKD)
+        return super().forward(q_BTHD, k_BSKD, v_BSKD, meta, sinks_H)
 
 
-class CachedSparseCore(CachedCore):
-    """SparseCore that also remembers what keys are scored by."""
+class CachedLatents(Remembering):
+    """Latents of latent attention, remembered."""
+
+    def __init__(self, latents: Latents, cache: KVCache) -> None:
+        super().__init__(cache, latents.window, *map(Kept, latents.sizes))
+
+    def forward(self, latent_BTL: Tensor, turned_BTD: Tensor) -> list[Tensor]:
+        return self.recall(latent_BTL, turned_BTD)
+
+
+class CachedSparseCore(FedCore):
+    """SparseCore that remembers what keys are scored by."""
 
     def __init__(self, core: SparseCore, cache: KVCache) -> None:
-        super().__init__(core, cache)
-        self.topk, self.index_channels = core.indexer.index_topk, core.indexer.index_head_dim
-        self.index_k: Tensor | None = None
+        super().__init__(core, cache, Kept(core.indexer.index_head_dim))
+        self.topk = core.indexer.index_topk
 
     def forward(  # type: ignore[override]
-        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, meta: AttentionMeta, index: Index
+        self, q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, meta: AttentionMeta, index: Index
     ) -> Tensor:
         """-> [B, T, H, D]."""
-        feed, keys, k_BSHD, v_BSHD = self.recall(k_BTHD, v_BTHD)
-        self.index_k, index_k_BSD = self._kept(self.index_k, index.k_BSD, feed, keys)
+        (index_k_BSD,) = self.recall(index.k_BSD)
+        keys = self.cache.current.keys(self.window)
         mask = keys.mask
         if mask is None and not keys.is_causal:
             mask = torch.ones(1, 1, 1, keys.stop - keys.first, dtype=torch.bool, device=q_BTHD.device)
         mask = chosen(index._replace(k_BSD=index_k_BSD), mask, self.topk)
-        return attend(q_BTHD, k_BSHD, v_BSHD, mask, is_causal=mask is None, scores=self.scores)
-
-    def stores(self) -> list[Tensor]:
-        """Tensors [slots, ...] that hold what was seen."""
-        return [*super().stores(), *([] if self.index_k is None else [self.index_k])]
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Of keys, values and what keys are scored by; `dtype` where none have arrived yet."""
-        index = self.index_channels * dtype.itemsize if self.index_k is None else self.index_k[0, 0].nbytes
-        return super().bytes_per_token(dtype) + index
+        return attend(q_BTHD, k_BSKD, v_BSKD, mask, is_causal=mask is None, scores=self.scores)
 
 
 class CachedPrevious(nn.Module):
@@ -273,8 +313,7 @@ class CachedPrevious(nn.Module):
         self.last: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        feed = self.cache.feed
-        assert feed is not None, "a cached child outside of KVCache.installed"
+        feed = self.cache.current
         self.last = grown(self.last, (self.cache.slots, x_BTD.shape[-1]), x_BTD)
         before_BTD = torch.cat((self.last[feed.slots][:, None], x_BTD[:, :-1]), dim=1)
         self.last[feed.slots] = x_BTD[feed.last]
@@ -285,10 +324,14 @@ class CachedPrevious(nn.Module):
         return [] if self.last is None else [self.last]
 
 
-def cached_form(child: nn.Module, cache: KVCache) -> CachedCore | CachedPrevious | State | None:
-    """What stands for `child` in the engine; None where it looks at no other token."""
-    if isinstance(child, SparseCore):
+def cached_form(
+    child: nn.Module, parent: nn.Module, cache: KVCache
+) -> Remembering | CachedPrevious | State | None:
+    """What stands for `child` of `parent` in the engine; None where it looks at no other token."""
+    if isinstance(child, Latents):
+        return CachedLatents(child, cache)
+    if isinstance(child, SparseCore):  # latent attention's
         return CachedSparseCore(child, cache)
     if isinstance(child, AttentionCore):
-        return CachedCore(child, cache)
+        return FedCore(child, cache) if isinstance(parent, LatentAttention) else CachedCore(child, cache)
     return CachedPrevious(cache) if isinstance(child, PreviousToken) else state_of(child, cache)

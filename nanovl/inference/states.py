@@ -29,8 +29,7 @@ class State(nn.Module):
 
     def recall(self, like: Tensor) -> tuple[Feed, Tensor]:
         """This forward's feed, and the states [B, ...] of its rows; new memory is as `like`."""
-        feed = self.cache.feed
-        assert feed is not None, "a cached child outside of KVCache.installed"
+        feed = self.cache.current
         self.store = grown(self.store, (self.cache.slots, *self.shape), like)
         return feed, self.store[feed.slots]
 

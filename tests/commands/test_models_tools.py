@@ -101,6 +101,8 @@ def test_muon_and_states(capsys: pytest.CaptureFixture[str]) -> None:
     assert linear["bytes"]["cache_per_token"] == 12 * 2 * 2 * 256 * 2
     # 36 layers: 3 earlier tokens of 8192 channels in bfloat16, 32 matrices of 128 x 128 in float32
     assert linear["bytes"]["states_per_request"] == 36 * (3 * 8192 * 2 + 32 * 128 * 128 * 4)
+    latent = numbers(capsys, "deepseek_v3:671b-a37b")  # 61 layers of a latent and a turned key
+    assert latent["bytes"]["cache_per_token"] == 61 * (512 + 64) * 2
 
 
 @pytest.mark.parametrize("name", MODELS)

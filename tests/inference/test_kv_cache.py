@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanovl.inference.cache import Feed, KVCache
+from nanovl.inference.cache import CachedCore, Feed, KVCache
 from nanovl.inference.request import RequestError
 from nanovl.models.blocks.attention import AttentionCore
 from nanovl.models.nanochat import PreviousToken
@@ -77,11 +77,13 @@ def test_padding_is_neither_written_nor_read(build_model: BuildModel) -> None:
     cache = KVCache(model)
     cache.reserve(2, 10)
     logits = run(model, cache, feed([0, 1], [0, 0], [2, 6]), [[5, 7, 60, 61, 62, 63], [1, 2, 3, 4, 5, 6]])
-    for core in cache._cores:
-        assert core.k is not None
-        assert (core.k[0, :2] != 0).any(dim=(1, 2)).all()
-        assert (core.k[0, 2:] == 0).all()
-        assert (core.k[1, 6:] == 0).all()
+    cores = [cached for *_, cached in cache._seats if isinstance(cached, CachedCore)]
+    assert len(cores) == 4
+    for core in cores:
+        keys, _ = core.stores()
+        assert (keys[0, :2] != 0).any(dim=(1, 2)).all()
+        assert (keys[0, 2:] == 0).all()
+        assert (keys[1, 6:] == 0).all()
     then = run(model, cache, feed([0, 1], [2, 6], [1, 1]), [[9], [9]])
     with torch.no_grad():
         alone = model(torch.tensor([[5, 7, 9]]))
@@ -153,7 +155,7 @@ def test_memory_is_reported(build_model: BuildModel) -> None:
     run(model, cache, feed([0], [0], [1]), [[1]])
     memory = cache.memory()
     assert (memory.slots, memory.places, memory.bytes_per_token) == (3, 128, 512)
-    stores = [store for core in cache._cores for store in core.stores()]
+    stores = [cached.store for cached in cache._kept]
     assert memory.bytes == sum(store.nbytes for store in stores) == 3 * 128 * 512
     assert str(memory) == "0.2 MiB: 3 slots x 128 tokens x 512 bytes"
 

@@ -64,7 +64,7 @@ def test_the_cache_generates_what_whole_rows_do(prefill: int) -> None:
 
 def test_its_memory_holds_what_keys_are_scored_by() -> None:
     engine = Engine(decoder())
-    per_token = 2 * 4 * (4 * (24 + 20) + 12)  # 2 layers, 4 bytes; 4 heads of keys and values, and the index
+    per_token = 2 * 4 * (16 + 8 + 12)  # 2 layers, 4 bytes; latent, turned key, and the index
     assert engine.memory().bytes_per_token == per_token
     engine.generate(PROMPTS, max_tokens=2)
     assert engine.memory().bytes_per_token == per_token

@@ -86,7 +86,11 @@ def plain_loss(layer: LatentAttention, x: Tensor, documents: Tensor | None, dens
     if not dense:
         order = scores.detach().masked_fill(~seen, -torch.inf).argsort(-1, descending=True).argsort(-1)
         seen = seen & (order < layer.config.indexer.index_topk)
-    q, k, _ = layer.qkv(x, latent, meta)
+    found: list[Tensor] = []
+    handle = layer.core.register_forward_pre_hook(lambda _, args: found.extend(args[:2]))
+    layer(x, meta)
+    handle.remove()
+    q, k = found
     attention = torch.einsum("bthd,bshd->bhts", q, k) * 20**-0.5
     p = attention.masked_fill(~seen[:, None], -torch.inf).softmax(-1).detach().sum(1) / 3
     log = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
