@@ -65,6 +65,18 @@ def counters_apart(given: ModelSpec, wanted: ModelSpec) -> tuple[frozenset[str],
     return frozenset(asked - held), frozenset(held - asked)
 
 
+def counters_to_resume(checkpoint: Path, spec: ModelSpec) -> tuple[frozenset[str], frozenset[str]]:
+    """`counters_apart` of a run's checkpoint and the model that goes on from it.
+
+    Raises CheckpointError where it cannot be read, and ConfigError where it is another model.
+    """
+    given = find_source(checkpoint).spec
+    if wrong := differences(given, spec):
+        advice = "a run goes on with the model it began with; start another with checkpoint.initial_load_path"
+        raise ConfigError([*wrong, advice], f"--resume: {checkpoint} holds another model than [model]")
+    return counters_apart(given, spec)
+
+
 def load_initial(parallel: ParallelModel, job: Job, spec: ModelSpec, log: Log) -> None:
     """Begin with the weights at `checkpoint.initial_load_path`, and with fresh ones in parts that these lack."""
     initial = find_initial(job, spec)

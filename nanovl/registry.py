@@ -81,10 +81,13 @@ def read_job(files: Sequence[str | Path], flags: Sequence[str] = (), *, world_si
 def model_mistakes(job: Job) -> list[str]:
     """What is wrong with the `[model]` section, one line each."""
     try:
-        resolve_model(job.model, trained_vocabulary(job))
+        mtp = getattr(resolve_model(job.model, trained_vocabulary(job)).config, "mtp", None)
     except ConfigError as error:
         return error.mistakes
-    return []
+    if mtp is None or mtp.num_layers < (length := job.training.seq_len):
+        return []
+    beyond = f"the last of them would predict beyond rows of training.seq_len = {length}"
+    return [f"model.mtp.num_layers = {mtp.num_layers}: {beyond}; use fewer, or none"]
 
 
 def trained_vocabulary(job: Job) -> int | None:

@@ -39,7 +39,7 @@ from nanovl.flops import attended_keys, reachable_keys, training_flops_per_token
 from nanovl.hang import HangWatch, record_collectives
 from nanovl.header import say_header
 from nanovl.heldout import Heldout
-from nanovl.initial import check_initial, counters_apart, told
+from nanovl.initial import check_initial, counters_to_resume, told
 from nanovl.log import Log, out
 from nanovl.mesh import build_mesh
 from nanovl.metrics import Meter, Metrics, duration, step_line, truncate_after
@@ -48,7 +48,7 @@ from nanovl.optim.index_loss import IndexLosses
 from nanovl.optim.qk_clip import QkClip
 from nanovl.optim.scaling import SizeRules
 from nanovl.profiling import Profiler
-from nanovl.registry import spec_from_dict, spec_to_dict
+from nanovl.registry import spec_to_dict
 from nanovl.report import write_report
 from nanovl.run import Run, write_json
 from nanovl.samples import continue_prompts
@@ -148,6 +148,7 @@ class Trainer:
         with dist.patience(job.comm.outside_timeout_seconds, job.comm.init_timeout_seconds):
             self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
         self.spec = architecture(job, self.tokenizer)
+        counters = counters_to_resume(resumed_from, self.spec) if resumed_from is not None else None
         self.job, rules = resolve_sizes(job, self.spec, self.world.size)
         self._decide_numbers()
         if self.main:
@@ -159,8 +160,8 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0.0
         self.skipped = SkippedSteps(self.job.training.max_skipped_steps, run, log, main=self.main)
         self.parents = [str(p) for p in (self.job.checkpoint.initial_load_path, resumed_from) if p]
-        if resumed_from is not None:
-            self._resume(resumed_from)
+        if resumed_from is not None and counters is not None:
+            self._resume(resumed_from, counters)
         if self.main:
             run.write_job(self.job, config_files)
             truncate_after(run.metrics, self.step)
@@ -409,8 +410,7 @@ class Trainer:
             f"done in {duration(self.seconds)} of training: {self.tokens:,} tokens, {self.flops:.3g} FLOPs"
         )
 
-    def _resume(self, checkpoint: Path) -> None:
-        counters = counters_apart(spec_from_dict(resumable_meta(checkpoint)["model"]), self.spec)
+    def _resume(self, checkpoint: Path, counters: tuple[frozenset[str], frozenset[str]]) -> None:
         restored = self.checkpointer.load(checkpoint, *counters)
         meta = restored.meta
         self.step, self.tokens = meta["step"], meta["tokens"]

@@ -20,7 +20,6 @@ from nanovl.device import Modes
 from nanovl.errors import ConfigError
 from nanovl.log import Log
 from nanovl.mesh import Mesh
-from nanovl.models.blocks.attention import AttentionCore
 from nanovl.parallelisms import context, expert, pipeline_split, tensor
 from nanovl.parallelisms.compile import apply_compile
 from nanovl.parallelisms.fsdp import apply_fsdp
@@ -28,6 +27,8 @@ from nanovl.parallelisms.memory import apply_activation_checkpointing
 from nanovl.parallelisms.parallel_model import ParallelModel
 from nanovl.parallelisms.pipeline import Pipeline, whole_backward_reasons
 from nanovl.spec import Model
+
+GPU_KERNELS = {"flex": "FlexAttention", "varlen": "FlashAttention"}
 
 
 def parallelism_mistakes(model: Model, job: Job, world_size: int, device: torch.device) -> list[str]:
@@ -50,17 +51,16 @@ def _device_mistakes(model: Model, job: Job, device: torch.device) -> list[str]:
         wrong.append(
             "parallelism.enable_cpu_offload = true: there is no accelerator to offload from; leave it out on a CPU"
         )
-    kernels = {m.scores.kernel for m in model.modules() if isinstance(m, AttentionCore)}
-    if device.type != "cuda":
-        wrong += [
-            f"model: kernel = {name!r}: {what} trains on a GPU alone; choose auto or eager"
-            for name, what in (("flex", "FlexAttention"), ("varlen", "FlashAttention"))
-            if name in kernels
-        ]
-    elif "varlen" in kernels and job.training.mixed_precision_param == "float32":
-        wrong.append(
-            "model: kernel = 'varlen': FlashAttention knows no float32; set training.mixed_precision_param to bfloat16"
-        )
+    config = model.config
+    for name in dict.fromkeys([*config.layer_names(), config.mtp_block()]):
+        kernel = getattr(config.blocks[name].mixer, "kernel", None)
+        key = f"model.blocks.{name}.mixer.kernel = {kernel!r}"
+        if kernel in GPU_KERNELS and device.type != "cuda":
+            wrong.append(f"{key}: {GPU_KERNELS[kernel]} trains on a GPU alone; choose auto or eager")
+        elif kernel == "varlen" and job.training.mixed_precision_param == "float32":
+            wrong.append(
+                f"{key}: FlashAttention knows no float32; set training.mixed_precision_param to bfloat16"
+            )
     return wrong
 
 

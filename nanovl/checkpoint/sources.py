@@ -19,7 +19,7 @@ from nanovl.checkpoint.safetensors_files import SINGLE, SafetensorsFolder
 from nanovl.checkpoint.state import StateFolder
 from nanovl.checkpoint.tensors import Tensors, Without, fill, same_names, under_our_names, weights_of
 from nanovl.config.schema import Job
-from nanovl.errors import CheckpointError
+from nanovl.errors import CheckpointError, ConfigError
 from nanovl.registry import spec_from_dict
 from nanovl.run import Run
 from nanovl.spec import ModelSpec
@@ -100,6 +100,8 @@ class Checkpoint(Source):
     def spec(self) -> ModelSpec:
         try:
             return spec_from_dict(self.facts["model"])
+        except ConfigError as error:
+            raise ConfigError(error.mistakes, str(self.path / "meta.json")) from None
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.path}: not a complete checkpoint: meta.json says of no model: {error!r}; choose another step"

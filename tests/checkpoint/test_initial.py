@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,36 @@ def test_a_loss_may_come_and_go_on_resuming(balanced: Path, tmp_path: Path, tiny
         assert f"step_00000{steps - 1} (step {steps - 1}); {what}: layers.*.ffn.router.load (x2)\n" in said
     loads = load(tmp_path / "run", device="cpu").model.state_dict()
     assert loads["layers.0.ffn.router.load"].sum() == pytest.approx(1.0)
+
+
+def test_a_run_goes_on_with_its_own_model_alone(
+    balanced: Path, tmp_path: Path, tiny_flags: list[str]
+) -> None:
+    folder = shutil.copytree(balanced, tmp_path / "run")
+    before = (folder / "config.json").read_bytes()
+    flags = [*tiny_flags, f"{AUX}=0.01", "--training.steps=2"]
+    other = ["--model.blocks.full.mixer.rope.theta=500", "--model.mtp.num_layers=1"]
+    with pytest.raises(ConfigError) as caught:
+        run(folder, [*flags, *other], resume=True)
+    checkpoint = folder / "checkpoints" / "step_000001"
+    assert f"--resume: {checkpoint} holds another model than [model]" in str(caught.value)
+    assert caught.value.mistakes == [
+        "model.blocks.full.mixer.rope.theta = 500.0: it has 1000000.0",
+        "model.mtp.hidden = 'post_norm': it has None",
+        "model.mtp.num_layers = 1: it has None",
+        "a run goes on with the model it began with; start another with checkpoint.initial_load_path",
+    ]
+    assert (folder / "config.json").read_bytes() == before
+
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    for model, message in (
+        ({**meta["model"], "name": "gone"}, "meta.json.*\n.*model.name = 'gone': no such architecture"),
+        (5, "step_000001: not a complete checkpoint: meta.json says of no model: TypeError"),
+        (None, "step_000001: not a complete checkpoint: meta.json says of no model: TypeError"),
+    ):
+        (checkpoint / "meta.json").write_text(json.dumps({**meta, "model": model}))
+        with pytest.raises(NanovlError, match=message):
+            run(folder, flags, resume=True)
 
 
 def test_files_of_hugging_face_have_a_tokenizer_and_no_counters(

@@ -224,5 +224,6 @@ def test_flex_is_refused_where_there_is_no_gpu() -> None:
         model = Decoder(config)
     job = Job(model=Model(name="smollm3"))
     wrong = parallelism_mistakes(model, job, 1, torch.device("cpu"))
-    assert wrong == ["model: kernel = 'flex': FlexAttention trains on a GPU alone; choose auto or eager"]
+    what = "FlexAttention trains on a GPU alone; choose auto or eager"
+    assert wrong == [f"model.blocks.{name}.mixer.kernel = 'flex': {what}" for name in config.blocks]
     assert parallelism_mistakes(model, job, 1, torch.device("cuda")) == []

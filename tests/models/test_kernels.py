@@ -222,7 +222,7 @@ def test_varlen_is_refused_where_masks_or_float32_are_needed() -> None:
     model = decoder("varlen", set(), "meta")
     job = Job(model=Model(name="qwen3"), training=Training(mixed_precision_param="float32"))
     (wrong,) = parallelism_mistakes(model, job, 1, torch.device("cuda"))
-    assert wrong.startswith("model: kernel = 'varlen': FlashAttention knows no float32")
+    assert wrong.startswith("model.blocks.a.mixer.kernel = 'varlen': FlashAttention knows no float32")
     for method in ("allgather", "ring", "ulysses"):
         cut = Parallelism(context_parallel_degree=2, context_parallel_method=method)  # type: ignore[arg-type]
         job = Job(model=Model(name="qwen3"), parallelism=cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -20,11 +21,12 @@ from nanovl.inference.cache import KVCache
 from nanovl.models.blocks.mtp import with_ahead
 from nanovl.models.decoder import Decoder
 from nanovl.optim.groups import assign
-from nanovl.registry import MODELS, family, resolve_model, spec_from_dict, spec_to_dict
+from nanovl.registry import MODELS, family, read_job, resolve_model, spec_from_dict, spec_to_dict
 from nanovl.report.facts import parameter_counts
 from nanovl.spec import IGNORE_INDEX, Batch, Inputs, ModelSpec, run_batch
 from nanovl.step import cross_entropies, loss_weights, mtp_factor
 
+CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
 VOCAB = 96
 NONE = IGNORE_INDEX
 DOCUMENTS = [(0, 3), (3, 7), (7, 8), (8, 9)]
@@ -272,3 +274,9 @@ def test_mistakes() -> None:
         "model.mtp.loss_weight = 0.0: wants a number above 0; set mtp to none to train without",
         "model.mtp.block = 'ful': is no block; choose from full",
     ]
+    flags = ["--training.seq_len=8", "--model.mtp.num_layers=8"]
+    with pytest.raises(ConfigError) as error:
+        read_job([CONFIG], flags)
+    beyond = "the last of them would predict beyond rows of training.seq_len = 8; use fewer, or none"
+    assert error.value.mistakes == [f"model.mtp.num_layers = 8: {beyond}"]
+    read_job([CONFIG], ["--training.seq_len=8", "--model.mtp.num_layers=7"])
