@@ -80,6 +80,7 @@ class Meter:
         self.steps = steps
         self.tokens = 0
         self.taken = 0
+        self.flops = 0.0
         self.busy = 0.0
         self.data_wait = 0.0
         self._since = time.perf_counter()
@@ -92,9 +93,10 @@ class Meter:
         """Time up to here counts."""
         self.busy += time.perf_counter() - self._since
 
-    def step_done(self, tokens: int, data_wait: float) -> None:
-        """Count one step: tokens of the whole job, and seconds of it that were spent waiting for data."""
+    def step_done(self, tokens: int, flops: float, data_wait: float) -> None:
+        """Count one step: tokens and FLOPs of the whole job, and seconds of it that were spent waiting for data."""
         self.tokens += tokens
+        self.flops += flops
         self.taken += 1
         self.data_wait += data_wait
 
@@ -103,12 +105,13 @@ class Meter:
         self.pause_clock()
         rates = {
             "tokens_per_second": self.tokens / self.busy,
+            "flops_per_second": self.flops / self.busy,
             "seconds_per_step": self.busy / self.taken,
             "data_wait": self.data_wait / self.busy,
             "eta": (self.steps - step) * self.busy / self.taken,
         }
         self.tokens = self.taken = 0
-        self.busy = self.data_wait = 0.0
+        self.flops = self.busy = self.data_wait = 0.0
         self.resume_clock()
         return rates
 

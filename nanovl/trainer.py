@@ -285,8 +285,9 @@ class Trainer:
         self.optimizers.zero_grad()
         self.step += 1
         self.tokens += step_tokens
-        self.flops += self._flops(batches, step_tokens)
-        meter.step_done(step_tokens, waited)
+        step_flops = self._flops(batches, step_tokens)
+        self.flops += step_flops
+        meter.step_done(step_tokens, step_flops, waited)
         self.profiler.step_done()
         if job.training.gc_freq and self.step % job.training.gc_freq == 0:
             gc.collect(1)
@@ -318,11 +319,11 @@ class Trainer:
             **self.index_losses.metrics(),
         }
         if peak is not None:
-            per_second = rates["tokens_per_second"] / (peak * self.world.size)
-            record["perf/mfu"] = self.flops / self.tokens * per_second
+            possible = peak * self.world.size
+            record["perf/mfu"] = rates["flops_per_second"] / possible
             everywhere = reachable_keys(self.job.training.seq_len)
             dense = training_flops_per_token(self.arithmetic, everywhere)
-            record["perf/mfu_noncausal"] = dense * per_second
+            record["perf/mfu_noncausal"] = dense * rates["tokens_per_second"] / possible
         if record["data/cropped"] > 0.5 and not self.warned_of_cropping:
             self.warned_of_cropping = True
             self.log.warn(

@@ -78,22 +78,24 @@ def test_meter_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "time", clock)
     meter = Meter(steps=10)
     clock.now = 102.0
-    meter.step_done(500, 0.5)
+    meter.step_done(500, 6e9, 0.5)
     meter.pause_clock()
     clock.now = 150.0  # a validation
     meter.resume_clock()
     clock.now = 152.0
-    meter.step_done(500, 0.5)
+    meter.step_done(500, 6e9, 0.5)
     assert meter.read(2) == {
         "tokens_per_second": 250.0,
+        "flops_per_second": 3e9,
         "seconds_per_step": 2.0,
         "data_wait": 0.25,
         "eta": 16.0,
     }
     clock.now = 153.0
-    meter.step_done(500, 0.0)
+    meter.step_done(500, 9e9, 0.0)
     assert meter.read(3) == {
         "tokens_per_second": 500.0,
+        "flops_per_second": 9e9,
         "seconds_per_step": 1.0,
         "data_wait": 0.0,
         "eta": 7.0,
