@@ -119,7 +119,10 @@ def field_names(kind: Any, path: Sequence[str | int]) -> list[str]:
     the path names the one that is meant, as pydantic does."""
     for part in path:
         kind = type_at(kind, part)
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    sections = [
+        a for a in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(a)
+    ]  # one, where it may be none
+    return [f.name for f in dataclasses.fields(sections[0])] if len(sections) == 1 else []
 
 
 def adapter(kind: type[Any]) -> TypeAdapter[Any]:

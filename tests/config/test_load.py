@@ -175,6 +175,12 @@ def test_a_misspelt_block_is_told_from_a_new_one() -> None:
         "mixer.num_attention_heads, mixer.num_key_value_heads, mixer.head_dim, ffn too",
         "model.blocks.ful.mixer.num_heads: no such key; did you mean 'num_key_value_heads'?",
     ]
+    with pytest.raises(ConfigError) as error:  # a section that may be none has keys too
+        read_job([], [*source, "--model.mtp.depth=2", "--model.blocks.full.mixer.rope.thta=1"])
+    assert error.value.mistakes == [
+        "model.blocks.full.mixer.rope.thta: no such key; did you mean 'theta'?",
+        "model.mtp.depth: no such key; choose from num_layers, block, hidden, loss_weight",
+    ]
     with pytest.raises(ConfigError) as error:  # a misspelt section takes nothing from the one that is there
         read_job([], [*source, "--model.hiden_size=8", "--modle.name=qwen3"])
     assert [line.partition(":")[0] for line in error.value.mistakes] == ["modle", "model.hiden_size"]
