@@ -33,12 +33,12 @@ def _told_by_kind(default: str, **configs: type[Any]) -> Discriminator:
     """Which of `configs` a section is, so that errors speak of that one alone."""
 
     def tag(given: Any) -> str | None:
-        kind = given.get("kind", default) if isinstance(given, dict) else given.kind
-        return configs[kind].__name__ if kind in configs else None
+        kind = given.get("kind", default) if isinstance(given, dict) else getattr(given, "kind", None)
+        return configs[kind].__name__ if isinstance(kind, str) and kind in configs else None
 
     kinds = " or ".join(map(repr, configs))
     return Discriminator(
-        tag, custom_error_type="kind", custom_error_message=f"wants a `kind` that is {kinds}"
+        tag, custom_error_type="kind", custom_error_message=f"wants a table with a `kind` that is {kinds}"
     )
 
 
@@ -115,9 +115,19 @@ class DecoderConfig:
     def validate(self) -> None:
         """Raises ConfigError with everything that does not fit together."""
         wrong = []
-        for key in ("vocab_size", "hidden_size", "logit_scale"):
-            if getattr(self, key) <= 0:
-                wrong.append(f"{key} = {getattr(self, key)}: wants a number above 0")
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "logit_scale",
+            "final_logit_softcapping",
+            "max_position_embeddings",
+        )
+        for key in (*positive, *(["embed_scale"] if self.embed_scale != "sqrt_hidden_size" else [])):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                wrong.append(f"{key} = {value}: wants a number above 0")
+        if self.norm.eps < 0:
+            wrong.append(f"norm.eps = {self.norm.eps}: wants 0 or more")
         if self.num_hidden_layers < max(1, len(self.prefix) + len(self.suffix)):
             wrong.append(
                 f"num_hidden_layers = {self.num_hidden_layers}: wants 1 or more, and room for prefix and suffix"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -113,8 +114,8 @@ def _show(name: str, asked: JobFlags) -> None:
 
 
 def _context(text: str) -> int:
-    if not text.replace(",", "").isdigit() or int(text.replace(",", "")) < 1:
-        raise ConfigError(f"--context = {text!r}: wants a whole number above 0")
+    if not re.fullmatch(r"[0-9]+|[0-9]{1,3}(,[0-9]{3})+", text) or int(text.replace(",", "")) < 1:
+        raise ConfigError(f"--context = {text!r}: wants one whole number above 0")
     return int(text.replace(",", ""))
 
 
@@ -154,7 +155,13 @@ def find(text: str) -> tuple[str, str]:
     if len(fits) == 1:
         name, _, flavor = fits[0].partition(":")
         return name, flavor
-    near = fits or [size for size in every if wanted in size] or difflib.get_close_matches(wanted, every, 3)
+    begins = [size for size in every if name and size.startswith(name) and f":{flavor}" in size and flavor]
+    near = (
+        fits
+        or begins
+        or [size for size in every if wanted in size]
+        or difflib.get_close_matches(wanted, every, 3)
+    )
     near = near or [
         f"{close}:{next(iter(family(close).flavors))}" for close in difflib.get_close_matches(name, MODELS, 3)
     ]

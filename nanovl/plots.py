@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,12 @@ def _bpb_panel(axes: Any, lines: Sequence[_Line]) -> None:
             axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
             labels.append((value, f"{name}: {value:.3f}", GREY))
     everything = [value for value, _, _ in labels] + [r["val/bpb"] for line in shown for r in line.curves.val]
+    everything = [value for value in everything if isfinite(value)]
+    if not everything:
+        return _say(axes, "nothing measured is a number")
     low, high = min(everything), max(everything)
     axes.set_ylim(low - 0.06 * (high - low or low), high + 0.06 * (high - low or low))
-    _label_right(axes, labels)
+    _label_right(axes, [label for label in labels if isfinite(label[0])])
 
 
 def _schedule_panels(rate: Any, norm: Any, lines: Sequence[_Line]) -> None:
@@ -215,10 +219,11 @@ def _schedule_panels(rate: Any, norm: Any, lines: Sequence[_Line]) -> None:
         line.plot(norm, train, [r["optim/grad_norm"] for r in train], linewidth=0.9)
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(lambda value, _: scientific(value))
-    norms = [r["optim/grad_norm"] for line in lines for r in line.curves.train]
-    if min(norms) > 0 and max(norms) > 10 * min(norms):
+    logged = [r["optim/grad_norm"] for line in lines for r in line.curves.train]
+    norms = [value for value in logged if isfinite(value)]
+    if norms and min(norms) > 0 and max(norms) > 10 * min(norms):
         norm.set_yscale("log")
-    else:
+    elif norms:
         norm.set_ylim(0, 1.1 * max(norms) or 1)
 
 

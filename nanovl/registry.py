@@ -12,7 +12,7 @@ from typing import Any
 from nanovl.config.check import has_tokenizer
 from nanovl.config.load import load_job
 from nanovl.config.schema import Job, Model
-from nanovl.config.types import check_types
+from nanovl.config.types import check_types, spelled
 from nanovl.errors import ConfigError
 from nanovl.spec import ModelFamily, ModelSpec
 
@@ -132,7 +132,7 @@ def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _config(found: ModelFamily, data: dict[str, Any], usual: Mapping[str, Any]) -> Any:
-    checked = check_types(found.config, data, {}, prefix="model.", usual=usual)
+    checked = check_types(found.config, spelled(found.config, data), {}, prefix="model.", usual=usual)
     wrong = list(checked.mistakes)
     if checked.built is not None:
         try:

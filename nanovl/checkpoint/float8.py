@@ -27,6 +27,8 @@ def dequantized(stored: Tensors, config: Mapping[str, Any]) -> Tensors:
     said = config.get("quantization_config")
     if not said:
         return stored
+    if not isinstance(said, Mapping):
+        raise CheckpointError(f"config.json: quantization_config = {said!r}: wants a table; copy it again")
     method, block = said.get("quant_method"), said.get("weight_block_size")
     if method == "mxfp4":
         return stored

@@ -120,6 +120,10 @@ def _files(folder: Path) -> tuple[Sequence[Path], dict[str, str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: names no files: {error!r}; copy it again") from None
     names = sorted(set(weight_map.values()))
+    if (folder / SINGLE).is_file() and SINGLE not in names:
+        raise CheckpointError(
+            f"{folder}: has two sets of weights, {SINGLE} and the files that {INDEX} names; take one of them away"
+        )
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(absent)}")
     return [folder / name for name in names], weight_map
@@ -138,8 +142,11 @@ def _look_through(file: Path) -> list[tuple[str, Tensor, _Place]]:
             header: dict[str, Any] = json.loads(handle.read(begin - 8))
         header.pop("__metadata__", None)
         entries = sorted(
-            (*said["data_offsets"], name, said["shape"], said["dtype"]) for name, said in header.items()
+            (*said["data_offsets"], name, torch.Size(said["shape"]), str(said["dtype"]))
+            for name, said in header.items()
         )
+        if negative := [name for _, _, name, shape, _ in entries if min(shape, default=0) < 0]:
+            raise CheckpointError(f"{file.name} is damaged: {negative[0]} has a negative size")
     except CheckpointError:  # which is a ValueError
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -112,7 +112,14 @@ class InDtype(Tensors):
         self.described = {n: v.to(dtypes.get(n, v.dtype)) for n, v in source.described.items()}
 
     def read(self, name: str) -> Tensor:
-        return self.source.read(name).to(self.described[name].dtype)
+        value = self.source.read(name)
+        cast = value.to(self.described[name].dtype)
+        if cast.dtype == torch.float16 and cast.isinf().sum() > value.isinf().sum():
+            largest = value[value.isfinite()].abs().max().item()
+            raise CheckpointError(
+                f"{name} holds numbers up to {largest:.3g}, float16 none above 65504; choose bfloat16 or float32"
+            )
+        return cast
 
     def parts(self) -> Sequence[Tensors]:
         return (self.source,)
@@ -138,12 +145,12 @@ class Renamed(Tensors):
     def parts(self) -> Sequence[Tensors]:
         return (self.source,)
 
-    def mapping(self) -> list[str]:
-        """A line for each group: names before and after, shapes and dtypes."""
-        lines = []
+    def mapping(self, written: Mapping[str, Tensor]) -> list[str]:
+        """A line for each group: names before and after, shapes and dtypes, those of `written` where it has them."""
+        lines, values = [], {**self.described, **written}
         for group in self.groups:
             before, after = (group.theirs, group.ours) if self.to_ours else (group.ours, group.theirs)
-            kinds = dict.fromkeys((tuple(v.shape), v.dtype) for v in (self.described[n] for n in after))
+            kinds = dict.fromkeys((tuple(v.shape), v.dtype) for v in (values[n] for n in after))
             said = ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in kinds)
             lines.append(f"{_listed(before)} -> {_listed(after)}  {said}")
         return lines

@@ -127,7 +127,9 @@ def field_names(kind: Any, path: Sequence[str | int]) -> list[str]:
 
 def adapter(kind: type[Any]) -> TypeAdapter[Any]:
     for part in _dataclasses_below(kind):
-        part.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+        part.__pydantic_config__ = ConfigDict(
+            extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        )
     return TypeAdapter(kind)
 
 
@@ -141,6 +143,13 @@ def _dataclasses_below(kind: Any) -> list[Any]:
             todo += typing.get_type_hints(here).values()
         todo += typing.get_args(here)
     return found
+
+
+def spelled(kind: Any, data: Any) -> Any:
+    """`data` with "none" for None where the schema has that word: a flag's `none` may mean either."""
+    if isinstance(data, dict):
+        return {key: spelled(type_at(kind, key), value) for key, value in data.items()}
+    return "none" if data is None and "none" in typing.get_args(kind) else data
 
 
 def type_at(kind: Any, part: str | int) -> Any:
@@ -175,6 +184,7 @@ def _wanted(item: Any) -> str:
         "int_type": "wants a whole number",
         "int_from_float": "wants a whole number",
         "float_type": "wants a number",
+        "finite_number": "wants a finite number",
         "bool_type": "wants true or false",
         "string_type": "wants text",
         "list_type": "wants a list",

@@ -94,12 +94,14 @@ class Plan:
             raise CheckpointError(f"{dst}: cannot be written: {error}{left}") from error
 
     def mapping(self) -> list[str]:
-        """A line for each group of tensors, as read and as written: names, shapes, dtypes. Then what is left away."""
+        """A line for each group of tensors: names as read and as written, shapes and dtypes as written. Then what is
+        left away."""
         tables = [part for part in _renamed(self.tensors) if any(g.theirs != g.ours for g in part.groups)]
         lines = []
         for part in tables or _renamed(self.tensors)[:1]:
             title = "reading:" if part.to_ours else "writing:"
-            lines += [*([title] if len(tables) > 1 else []), *part.mapping()]
+            written = self.model.weights if part.to_ours else self.tensors
+            lines += [*([title] if len(tables) > 1 else []), *part.mapping(written.described)]
         return [
             *lines,
             *(f"{name} -> left away" for names in self.model.left_away.values() for name in names),

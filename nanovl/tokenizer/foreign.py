@@ -47,8 +47,11 @@ class ForeignTokenizer:
         config = Path(folder) / CONFIG_FILE
         config_json = read_text(config) if config.exists() else ""
         found = cls(read_text(Path(folder) / TOKENIZER_FILE), config_json, Path(folder))
-        carried = (Path(folder) / name for name in CARRIED)
-        found._texts |= {file.name: read_text(file) for file in carried if file.exists()}
+        for file in (Path(folder) / name for name in CARRIED):
+            if file.exists():
+                found._texts[file.name] = read_text(file)
+                if file.suffix == ".json":
+                    parse_object(found._texts[file.name], file)
         return found
 
     def save(self, folder: str | Path) -> None:

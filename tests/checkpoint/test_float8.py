@@ -33,6 +33,8 @@ def test_blocks_by_hand() -> None:
     assert read.read("a.weight").tolist() == expected
     assert read.read("a.weight").dtype == read.described["a.weight"].dtype == torch.bfloat16
     assert read.read("b").tolist() == [1.0, 1.0]
+    flat = FromBlocks(Held({"a.weight": values, "a.weight_scale_inv": factors[:, :1]}), (2, 3))
+    assert flat.read("a.weight").tolist() == [[10.0, 20.0, 30.0], [40.0, 50.0, 60.0], [3.5, 4.0, 0.25]]
 
 
 def quantize(weights: dict[str, Tensor]) -> dict[str, Tensor]:

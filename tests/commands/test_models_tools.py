@@ -164,6 +164,7 @@ def test_names_that_are_near() -> None:
     assert find("gemma3") == ("gemma3", "270m")
     for text, near in (
         ("qwen3:8x", "qwen3:8b"),
+        ("qwen3:30b", "qwen3_moe:30b-a3b"),
         ("quen3:8b", "qwen3:8b"),
         ("30b-a3b", "qwen3_moe:30b-a3b"),
         ("lama3", "llama3:1b"),
@@ -179,7 +180,8 @@ def test_names_that_are_near() -> None:
         (["shwo"], "shwo: no such verb; did you mean 'show'?"),
         (["zzz"], "zzz: no such verb; list or show"),
         (["show"], "name a model, such as qwen3:0.6b, or a job with --config FILE"),
-        (["show", "qwen3", "--context=many"], "--context = 'many': wants a whole number above 0"),
+        (["show", "qwen3", "--context=many"], "--context = 'many': wants one whole number above 0"),
+        (["show", "qwen3", "--context=4096,8192"], "--context = '4096,8192': wants one whole number above 0"),
         (["show", "qwen3", "--jsn"], "--jsn: unknown option; did you mean --json"),
         (["show", "qwen3", "--training.steps=3"], "training: belongs to a job; name one with --config FILE"),
         (

@@ -258,6 +258,15 @@ def test_picture_has_a_curve_in_every_panel(finished: Run) -> None:
     assert all(count > 300 for count in quadrants_in_blue(finished.folder / "report.png"))
 
 
+def test_a_run_whose_numbers_are_none_is_drawn(finished: Run) -> None:
+    nan = float("nan")
+    log(finished, train_record(41, nan, 3000.0, **{"optim/grad_norm": nan}), val_record(41, nan, 1_300_000))
+    assert "(report.png)" in write_report(finished).read_text(encoding="utf-8")
+    finished.metrics.write_text("")
+    log(finished, train_record(1, nan, 3000.0, **{"optim/grad_norm": nan}), val_record(1, nan, 1_300_000))
+    assert "(report.png)" in write_report(finished).read_text(encoding="utf-8")
+
+
 def test_a_run_killed_after_three_steps(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

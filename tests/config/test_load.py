@@ -6,7 +6,7 @@ import pytest
 
 from nanovl.config.load import job_from_dict, job_to_dict, load_job
 from nanovl.errors import ConfigError
-from nanovl.registry import read_job
+from nanovl.registry import read_job, resolve_model
 
 GOOD = """
 [[data.sources]]
@@ -181,6 +181,13 @@ def test_a_misspelt_block_is_told_from_a_new_one() -> None:
         "model.blocks.full.mixer.rope.thta: no such key; did you mean 'theta'?",
         "model.mtp.depth: no such key; choose from num_layers, block, hidden, loss_weight",
     ]
+    with pytest.raises(ConfigError) as error:  # nor is a word a section
+        read_job([], [*source, "--model.blocks.full.mixer=mla", "--model.blocks.full.ffn.kind=[1]"])
+    assert error.value.mistakes == [
+        "model.blocks.full.mixer = 'mla': wants a table with a `kind` that is 'attention' or 'mla' or "
+        "'gated_delta_net'",
+        "model.blocks.full.ffn = {'kind': [1]}: wants a table with a `kind` that is 'mlp' or 'moe'",
+    ]
     with pytest.raises(ConfigError) as error:  # a misspelt section takes nothing from the one that is there
         read_job([], [*source, "--model.hiden_size=8", "--modle.name=qwen3"])
     assert [line.partition(":")[0] for line in error.value.mistakes] == ["modle", "model.hiden_size"]
@@ -197,3 +204,30 @@ def test_a_misspelt_block_is_told_from_a_new_one() -> None:
 def test_checks_of_other_rooms_join_the_list(good: Path) -> None:
     found = mistakes([good], ["--training.seq_len=0"], checks=[lambda job: ["model.depth = -1: wants more"]])
     assert found == ["training.seq_len = 0: wants a number above 0", "model.depth = -1: wants more"]
+
+
+def test_none_is_a_word_where_the_schema_has_it_and_else_no_value() -> None:
+    flags = ["--data.sources.0.kind=stdlib", "--data.sources.0.holdout=0.1", "--model.name=qwen3"]
+    flags += ["--model.norm.weight=none", "--model.blocks.full.mixer.qk_norm=none", "--model.mtp=none"]
+    job = read_job([], [*flags, "--model.blocks.full.mixer.sliding_window=none"])
+    config = resolve_model(job.model, None).config
+    assert (config.norm.weight, config.blocks["full"].mixer.qk_norm) == ("none", "none")
+    assert (config.mtp, config.blocks["full"].mixer.sliding_window) == (None, None)
+
+
+def test_numbers_that_a_model_cannot_have_are_refused() -> None:
+    flags = ["--data.sources.0.kind=stdlib", "--data.sources.0.holdout=0.1", "--model.name=qwen3"]
+    wrong = {
+        "final_logit_softcapping": "0",
+        "embed_scale": "-1",
+        "norm.eps": "-1",
+        "max_position_embeddings": "0",
+    }
+    with pytest.raises(ConfigError) as error:
+        read_job([], [*flags, *(f"--model.{key}={value}" for key, value in wrong.items())])
+    assert [line.partition(" =")[0] for line in error.value.mistakes] == [
+        f"model.{key}"
+        for key in ("final_logit_softcapping", "max_position_embeddings", "embed_scale", "norm.eps")
+    ]
+    with pytest.raises(ConfigError, match=r"model\.logit_scale = inf: wants a finite number"):
+        read_job([], [*flags, "--model.logit_scale=inf"])

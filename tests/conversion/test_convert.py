@@ -159,6 +159,20 @@ def test_files_of_another_tokenizer_travel(experts_directory: Path, tmp_path: Pa
     nanovl.convert(source, tmp_path / "again", to="hf")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["top_k"] == 7
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [3, 4]
+    for text, said in (("{", "not valid JSON"), ("[]", "holds a list, not an object")):
+        (source / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"generation_config.json: {said}"):
+            nanovl.convert(source, tmp_path / "broken", to="hf")
+
+
+def test_numbers_beyond_float16_are_refused(experts_directory: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(experts_directory, tmp_path / "theirs")
+    file = next(f for f in sorted(source.glob("model-*")) if NORM in load_file(f))
+    save_file({**load_file(file), NORM: torch.full((32,), 1e6)}, file)
+    with pytest.raises(CheckpointError, match=r"holds numbers up to 1e.06, float16 none above 65504; choose"):
+        nanovl.convert(source, tmp_path / "out", to="hf", dtype="float16")
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+    nanovl.convert(source, tmp_path / "out", to="hf", dtype="bfloat16")
 
 
 def test_dry_run_prints_the_mapping_and_writes_nothing(
@@ -174,6 +188,9 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(
         in lines
     )
     assert lines[-1].endswith("bfloat16, as stored; nothing written")
+    assert main([str(experts_directory), "--to", "run", "--dry-run", "--out", out, "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.embed_tokens.weight -> embed_tokens.weight  (265, 32) float32" in lines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,6 +277,27 @@ def complex_numbers(folder: Path) -> None:
     save_file({"x": torch.zeros(2, dtype=torch.complex64)}, sorted(folder.glob("model-*"))[0])
 
 
+def negative(folder: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}).encode()
+    file = sorted(folder.glob("model-*"))[0]
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+
+
+def wordy(folder: Path) -> None:
+    header = json.dumps({"x": {"dtype": ["F32"], "shape": "1", "data_offsets": [0, 4]}}).encode()
+    file = sorted(folder.glob("model-*"))[0]
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+
+
+def two_sets(folder: Path) -> None:
+    save_file({"x": torch.zeros(2)}, folder / "model.safetensors")
+
+
+def quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "fp8"}))
+
+
 def sees(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vision_config": {"hidden_size": 8}}))
@@ -280,6 +318,13 @@ def sees(folder: Path) -> None:
         (there_twice, r"is in model-00001-of-\d+.safetensors and in model-00002-of-\d+.safetensors"),
         (no_weights, "has neither model.safetensors nor model.safetensors.index.json"),
         (complex_numbers, "has tensors of dtype C64, which no model here has"),
+        (negative, "is damaged: x has a negative size"),
+        (wordy, "is damaged: no header of safetensors: TypeError"),
+        (
+            two_sets,
+            "has two sets of weights, model.safetensors and the files that model.safetensors.index.json",
+        ),
+        (quantized, "quantization_config = 'fp8': wants a table"),
         (sees, "has more than text .vision_config.*weights would be lost"),
     ],
 )

@@ -269,7 +269,7 @@ def test_any_layer_may_be_of_any_kind() -> None:
     assert spec.family.hf is not None
     with pytest.raises(ConfigError, match="is not made of attention and MLPs"):
         spec.family.hf.config_to_hf(spec.config)
-    with pytest.raises(ConfigError, match=r"kind.*wants a `kind` that is 'attention' or"):
+    with pytest.raises(ConfigError, match=r"kind.*wants a table with a `kind` that is 'attention' or"):
         resolve_model(
             Model(name="qwen3", flavor="debug", overrides={"blocks": {"full": {"mixer": {"kind": "rnn"}}}}),
             64,

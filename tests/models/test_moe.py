@@ -359,7 +359,7 @@ def test_config_of_either_kind_goes_to_meta_json_and_back() -> None:
     ("ffn", "message"),
     [
         ({"num_expert": 4}, "model.blocks.full.ffn.num_expert: no such key; did you mean 'num_experts'?"),
-        ({"kind": "conv"}, "wants a `kind` that is 'mlp' or 'moe'"),
+        ({"kind": "conv"}, "wants a table with a `kind` that is 'mlp' or 'moe'"),
         ({"kind": "mlp"}, "model.blocks.full.ffn.intermediate_size: missing"),
         ({"num_experts_per_tok": 9}, "model.blocks.full.ffn.num_experts_per_tok = 9: wants at most"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from meshes import VOCAB, job_of
 from nanovl.build import build_model
 from nanovl.device import Modes
 from nanovl.dist import RankFailed, fork_ranks
+from nanovl.inference.load import load
 from nanovl.log import Log
 from nanovl.mesh import build_mesh
 from nanovl.metrics import read_metrics
 from nanovl.optim.gradients import nonfinite_gradients
 from nanovl.registry import read_job, resolve_model
-from nanovl.step import train_step
+from nanovl.step import StepResult, train_step
 from nanovl.trainer import train
 from nanovl.verify import CPU, made_up_rows
 
@@ -87,3 +90,30 @@ def without_targets(rank: int) -> tuple[float, float, bool]:
 def test_a_step_without_any_target_learns_nothing_and_is_no_mistake() -> None:
     """torchtitan divides by the number of targets, and 0 / 0 ends the run."""
     assert fork_ranks(without_targets, 2) == [(0.0, 0.0, True)] * 2
+
+
+def test_a_skipped_step_moves_no_bias_of_experts(
+    tmp_path: Path, tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruined(*args: Any, **kwargs: Any) -> StepResult:
+        result = train_step(*args, **kwargs)
+        return (
+            replace(result, loss=math.nan) if (tmp_path / "run/checkpoints/step_000001").exists() else result
+        )
+
+    monkeypatch.setattr("nanovl.trainer.train_step", ruined)
+    flags = [
+        *tiny_flags,
+        f"--job.run_dir={tmp_path / 'run'}",
+        "--training.steps=2",
+        "--checkpoint.interval=1",
+    ]
+    flags += ["--model.name=qwen3_moe", "--model.blocks.full.ffn.load_balancing=bias"]
+    train(read_job([CONFIG], flags))
+    first, second = (
+        load(tmp_path / "run" / "checkpoints" / f"step_00000{step}", device="cpu").model.state_dict()
+        for step in (1, 2)
+    )
+    bias = "layers.0.ffn.router.expert_bias"
+    assert first[bias].abs().max() > 0
+    assert torch.equal(first[bias], second[bias])
