@@ -165,9 +165,16 @@ def check_initial(job: Job) -> None:
         raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None
     tokenizer, room = _tokenizer(job, path, source), source.spec.config.vocab_size
     if tokenizer.vocab_size > room:
+        whose, remedy = (
+            (f"tokenizer.path = {job.tokenizer.path!r}", "leave it out to take the tokenizer of the weights")
+            if job.tokenizer.path
+            else (
+                f"checkpoint.initial_load_path: the tokenizer in {source.tokenizer}",
+                "take added tokens beyond that out of a copy of it, and name the copy in tokenizer.path",
+            )
+        )
         raise ConfigError(
-            f"tokenizer.path = {job.tokenizer.path!r}: has {tokenizer.vocab_size:,} entries, the weights at {path} "
-            f"{room:,}; leave it out to take the tokenizer of the weights"
+            f"{whose}: has {tokenizer.vocab_size:,} entries, the weights at {path} {room:,}; {remedy}"
         )
     initial = find_initial(job, resolve_model(job.model, tokenizer.vocab_size))
     initial.source.weights(initial.source.spec)

@@ -183,6 +183,13 @@ def test_another_tokenizer_must_fit_and_is_said(
     flags = [*no_tokenizer, f"--tokenizer.path={tmp_path / 'many'}"]
     said = f"tokenizer.path = '{tmp_path / 'many'}': has 521 entries, the weights at {balanced} 512; leave"
     refused(tmp_path / "new", flags, balanced, said)
+    own = shutil.copytree(balanced / "checkpoints" / "step_000001", tmp_path / "own")
+    shutil.rmtree(own / "tokenizer")
+    many.save(own / "tokenizer")
+    beyond = (
+        f"the tokenizer in {own / 'tokenizer'}: has 521 entries, the weights at {own} 512; take added tokens"
+    )
+    refused(tmp_path / "new", no_tokenizer, own, beyond)
     # what a new tokenizer would have had does not matter
     flags = [
         *no_tokenizer,
