@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -22,7 +23,7 @@ from nanovl.models.blocks.init import InitConfig, initialize
 from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.mlp import Mlp, MlpConfig
 from nanovl.models.blocks.moe import Moe, MoeConfig
-from nanovl.models.blocks.mtp import MtpConfig, MtpModule
+from nanovl.models.blocks.mtp import MtpConfig, mtp_modules
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.spec import FREE, GROWN, Cut, Inputs, Model, Stream, TensorPlan, expert_layers
 
@@ -195,7 +196,11 @@ class Decoder(Model):
         self.first_children = ["embed_tokens", "embed_norm"]
         last = ["norm", "lm_head", *(["embed_tokens"] if config.tie_word_embeddings or config.mtp else [])]
         if config.mtp is not None:
-            self.mtp = _mtp_modules(config, config.mtp)
+            template = config.blocks[config.mtp_block()]
+            block = partial(Block, template, config.hidden_size, config.norm)
+            self.mtp = mtp_modules(
+                config.mtp, config.num_hidden_layers, block, config.hidden_size, config.norm
+            )
             self.mtp_layers, self.mtp_loss_weight = config.mtp.num_layers, config.mtp.loss_weight
             last.append("mtp")
         self.last_children = last
@@ -241,18 +246,6 @@ class Decoder(Model):
 
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
         return flops_per_token(self, mean_keys)
-
-
-def _mtp_modules(config: DecoderConfig, mtp: MtpConfig) -> nn.ModuleDict:
-    """One a depth, numbered on from the layers, as in DeepSeek's checkpoints."""
-    template = config.blocks[config.mtp_block()]
-    size, norm, first = config.hidden_size, config.norm, config.num_hidden_layers
-    return nn.ModuleDict(
-        {
-            str(first + k): MtpModule(mtp, Block(template, size, norm), size, norm)
-            for k in range(mtp.num_layers)
-        }
-    )
 
 
 def adamw_groups(config: DecoderConfig) -> list[OptimizerGroup]:

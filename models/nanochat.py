@@ -31,7 +31,7 @@ from nanovl.config.schema import OptimizerGroup
 from nanovl.models.blocks.attention import Attention, AttentionMeta, MetaBuilder
 from nanovl.models.blocks.head import Head
 from nanovl.models.blocks.mlp import Mlp
-from nanovl.models.blocks.mtp import MtpConfig, MtpModule
+from nanovl.models.blocks.mtp import mtp_modules
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.decoder import attention_layers, flops_per_token
 from nanovl.models.nanochat_config import ERAS, NanochatConfig
@@ -155,7 +155,9 @@ class Nanochat(Model):
         self.backout = Backout() if config.backout else None
         self.first_children, self.last_children = ["embed_tokens", "smear"], ["lm_head", "backout"]
         if config.mtp is not None:
-            self.mtp = _mtp_modules(config, config.mtp, norm)
+            like = config.layer_names().index(config.mtp_block())
+            block = partial(NanochatBlock, config, like, norm)
+            self.mtp = mtp_modules(config.mtp, config.depth, block, config.hidden_size, norm)
             self.mtp_layers, self.mtp_loss_weight = config.mtp.num_layers, config.mtp.loss_weight
             self.last_children += ["mtp", *self.first_children]
         self.meta = MetaBuilder(attention_layers(self))
@@ -234,17 +236,6 @@ class Nanochat(Model):
     def forward_flops_per_token(self, mean_keys: Callable[[int | None], float]) -> float:
         ahead = 0 if self.smear is None else self.mtp_layers * self.smear.gate.weight.numel()
         return flops_per_token(self, mean_keys) + 2.0 * ahead
-
-
-def _mtp_modules(config: NanochatConfig, mtp: MtpConfig, norm: NormConfig) -> nn.ModuleDict:
-    """One a depth, numbered on from the layers, around another layer of the named kind."""
-    layer, size = config.layer_names().index(config.mtp_block()), config.hidden_size
-    return nn.ModuleDict(
-        {
-            str(config.depth + k): MtpModule(mtp, NanochatBlock(config, layer, norm), size, norm)
-            for k in range(mtp.num_layers)
-        }
-    )
 
 
 def optimizer_groups(config: NanochatConfig) -> list[OptimizerGroup]:

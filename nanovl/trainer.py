@@ -148,7 +148,8 @@ class Trainer:
         with dist.patience(job.comm.outside_timeout_seconds, job.comm.init_timeout_seconds):
             self.tokenizer = build_tokenizer(job, run, self.world.rank, log)
         self.spec = architecture(job, self.tokenizer)
-        counters = counters_to_resume(resumed_from, self.spec) if resumed_from is not None else None
+        if resumed_from is not None:
+            counters = counters_to_resume(resumed_from, self.spec)
         self.job, rules = resolve_sizes(job, self.spec, self.world.size)
         self._decide_numbers()
         if self.main:
@@ -160,7 +161,7 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.flops = 0, 0, 0.0, 0.0
         self.skipped = SkippedSteps(self.job.training.max_skipped_steps, run, log, main=self.main)
         self.parents = [str(p) for p in (self.job.checkpoint.initial_load_path, resumed_from) if p]
-        if resumed_from is not None and counters is not None:
+        if resumed_from is not None:
             self._resume(resumed_from, counters)
         if self.main:
             run.write_job(self.job, config_files)

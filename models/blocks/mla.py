@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovl.models.blocks.attention import AttentionCore, AttentionMeta, Kernel, RopeKey, Scores
-from nanovl.models.blocks.indexer import Index, Indexer, IndexerConfig
+from nanovl.models.blocks.indexer import Indexer, IndexerConfig
 from nanovl.models.blocks.kernels import varlen_mistakes
 from nanovl.models.blocks.norm import NormConfig, RMSNorm
 from nanovl.models.blocks.rope import RopeConfig, apply_rope, sharpening
@@ -137,7 +137,8 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = RMSNorm(kv_rank, norm)
         self.kv_b_proj = nn.Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden_size, config.bias)
-        self.latents = Latents(config.sliding_window, kv_rank, config.qk_rope_head_dim)
+        self.kv_parts = [kv_rank, config.qk_rope_head_dim]
+        self.latents = Latents(config.sliding_window, sum(self.kv_parts))
         core = (config.sliding_window, heads, config.qk_head_dim, config.scores, config.v_head_dim)
         self.indexer: Indexer | None = None
         if config.indexer is None or q_rank is None:
@@ -191,81 +192,67 @@ class LatentAttention(nn.Module):
         return {"q_proj" if config.q_lora_rank is None else "q_b_proj": queries, "kv_b_proj": keys}
 
     def forward(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
-        config = self.config
-        q_latent_BTL = x_BTD if config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
-        still_BTHD, turned_BTHD = self.queries(x_BTD, q_latent_BTL, meta)
-        latent_BSL, turned_BSD = self.latents(*self.keys(x_BTD, meta))
+        q_latent_BTL = x_BTD if self.config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
+        q_BTHD = self.queries(x_BTD, q_latent_BTL, meta)
+        kv_BSL = self.latents(self.keys_and_values(x_BTD, meta))
         index = {}
         if self.indexer is not None:
             index["index"] = self.indexer(x_BTD, q_latent_BTL, *meta.rope[self.rope_key])
-        attend = self.folded if self.folds(x_BTD.shape[1], latent_BSL.shape[1]) else self.expanded
-        return self.o_proj(attend(still_BTHD, turned_BTHD, latent_BSL, turned_BSD, meta, **index).flatten(2))
+        if not self.folds(q_BTHD.shape[1], kv_BSL.shape[1]):
+            return self.o_proj(self.core(*self.expanded(q_BTHD, kv_BSL), meta, **index).flatten(2))
+        out_BTHL = self.core(*self.folded(q_BTHD, kv_BSL), meta, **index)
+        return self.o_proj(torch.einsum("bthl,hdl->bthd", out_BTHL, self.kv_b()[1]).flatten(2))
 
-    def queries(self, x_BTD: Tensor, q_latent_BTL: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
-        """Their still and their turned channels, [B, T, H, D]; from their latent, which is x where they have none."""
+    def queries(self, x_BTD: Tensor, q_latent_BTL: Tensor, meta: AttentionMeta) -> Tensor:
+        """[B, T, H, D], the last channels rotated; from their latent, which is x itself where they have none."""
         config = self.config
         q_BTD = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(q_latent_BTL)
         parts = [config.qk_nope_head_dim, config.qk_rope_head_dim]
         still_BTHD, turned_BTHD = q_BTD.unflatten(2, (-1, sum(parts))).split(parts, dim=-1)
-        return still_BTHD, apply_rope(turned_BTHD, *meta.rope[self.rope_key])
+        return torch.cat((still_BTHD, apply_rope(turned_BTHD, *meta.rope[self.rope_key])), dim=-1)
 
-    def keys(self, x_BTD: Tensor, meta: AttentionMeta) -> tuple[Tensor, Tensor]:
-        """Normed latents [B, T, L] and turned keys [B, T, D], from which all heads' keys and values come."""
-        parts = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
-        latent_BTL, turned_BTD = self.kv_a_proj(x_BTD).split(parts, dim=-1)
+    def keys_and_values(self, x_BTD: Tensor, meta: AttentionMeta) -> Tensor:
+        """What those of all heads come from, [B, T, L + D]: the normed latent, and the channels of keys that turn."""
+        latent_BTL, turned_BTD = self.kv_a_proj(x_BTD).split(self.kv_parts, dim=-1)
         turned_BT1D = apply_rope(turned_BTD[:, :, None], *meta.rope[self.rope_key])
-        return self.kv_a_norm(latent_BTL), turned_BT1D[:, :, 0]
+        return torch.cat((self.kv_a_norm(latent_BTL), turned_BT1D[:, :, 0]), dim=-1)
 
     def folds(self, tokens: int, keys: int) -> bool:
         """Whether folding kv_b costs fewer multiplications than expanding all `keys`, some of them earlier tokens."""
         latent, head = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
         return keys > tokens and tokens * (keys * (2 * latent - head) + latent * head) < keys * latent * head
 
-    def expanded(
-        self,
-        q_still_BTHD: Tensor,
-        q_turned_BTHD: Tensor,
-        latent_BSL: Tensor,
-        k_turned_BSD: Tensor,
-        meta: AttentionMeta,
-        **index: Index,
-    ) -> Tensor:
-        """Attention of heads with keys and values of their own, [B, T, H, D]."""
+    def expanded(self, q_BTHD: Tensor, kv_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values for `core`; every head has its own."""
+        latent_BSL, turned_BSD = kv_BSL.split(self.kv_parts, dim=-1)
         parts = [self.config.qk_nope_head_dim, self.config.v_head_dim]
-        k_still_BSHD, v_BSHD = self.kv_b_proj(latent_BSL).unflatten(2, (-1, sum(parts))).split(parts, dim=-1)
-        k_turned_BSHD = k_turned_BSD[:, :, None].expand(-1, -1, k_still_BSHD.shape[2], -1)
-        q_BTHD = torch.cat((q_still_BTHD, q_turned_BTHD), dim=-1)
-        k_BSHD = torch.cat((k_still_BSHD, k_turned_BSHD), dim=-1)
-        out_BTHD: Tensor = self.core(q_BTHD, k_BSHD, v_BSHD, meta, **index)
-        return out_BTHD
+        still_BSHD, v_BSHD = self.kv_b_proj(latent_BSL).unflatten(2, (-1, sum(parts))).split(parts, dim=-1)
+        turned_BSHD = turned_BSD[:, :, None].expand(-1, -1, still_BSHD.shape[2], -1)
+        return q_BTHD, torch.cat((still_BSHD, turned_BSHD), dim=-1), v_BSHD
 
-    def folded(
-        self,
-        q_still_BTHD: Tensor,
-        q_turned_BTHD: Tensor,
-        latent_BSL: Tensor,
-        k_turned_BSD: Tensor,
-        meta: AttentionMeta,
-        **index: Index,
-    ) -> Tensor:
-        """The same of heads that share one key and one value."""
+    def folded(self, q_BTHD: Tensor, kv_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where all heads read one key and one value, of L channels, to which kv_b is still to be applied."""
+        still_BTHD, turned_BTHD = q_BTHD.split([self.config.qk_nope_head_dim, self.kv_parts[1]], dim=-1)
+        q_BTHL = torch.einsum("bthd,hdl->bthl", still_BTHD, self.kv_b()[0])
+        kv_BS1L = kv_BSL[:, :, None]
+        return torch.cat((q_BTHL, turned_BTHD), dim=-1), kv_BS1L, kv_BS1L[..., : self.kv_parts[0]]
+
+    def kv_b(self) -> tuple[Tensor, Tensor]:
+        """The weights [H, D, L] that make a head's key, and its value, of a latent."""
         parts = [self.config.qk_nope_head_dim, self.config.v_head_dim]
         k_HDL, v_HDL = self.kv_b_proj.weight.unflatten(0, (-1, sum(parts))).split(parts, dim=1)
-        q_BTHL = torch.einsum("bthd,hdl->bthl", q_still_BTHD, k_HDL)
-        q_BTHD = torch.cat((q_BTHL, q_turned_BTHD), dim=-1)
-        k_BS1D = torch.cat((latent_BSL, k_turned_BSD), dim=-1)[:, :, None]
-        out_BTHL = self.core(q_BTHD, k_BS1D, latent_BSL[:, :, None], meta, **index)
-        return torch.einsum("bthl,hdl->bthd", out_BTHL, v_HDL)
+        return k_HDL, v_HDL
 
 
 class Latents(nn.Module):
     """What an attention's keys and values come from. A child of its own, like `core`: the engine puts one in its place
     that remembers, and gives those of all tokens so far."""
 
-    def __init__(self, window: int | None, latent_channels: int, turned_channels: int) -> None:
+    def __init__(self, window: int | None, channels: int) -> None:
         super().__init__()
         self.window = window
-        self.sizes = [latent_channels, turned_channels]
+        self.channels = channels
 
-    def forward(self, latent_BTL: Tensor, turned_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        return latent_BTL, turned_BTD
+    def forward(self, kv_BTL: Tensor) -> Tensor:
+        """[B, T, L] -> [B, S, L]."""
+        return kv_BTL

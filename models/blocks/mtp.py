@@ -11,7 +11,7 @@ modules of DeepSeek-V3 and GLM-4.5; `pre_norm` hands on x_k, and h_0 before that
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,6 +71,15 @@ class MtpModule(nn.Module):
         x_BTD = self.block(self.eh_proj(both_BTD), inputs, *stream)
         normed_BTD = self.norm(x_BTD)
         return normed_BTD, normed_BTD if self.hands_on_normed else x_BTD
+
+
+def mtp_modules(
+    config: MtpConfig, first: int, make_block: Callable[[], nn.Module], hidden_size: int, norm: NormConfig
+) -> nn.ModuleDict:
+    """One a depth, numbered on from the layers, as in DeepSeek's checkpoints; `first` = how many layers there are."""
+    return nn.ModuleDict(
+        {str(first + k): MtpModule(config, make_block(), hidden_size, norm) for k in range(config.num_layers)}
+    )
 
 
 def with_ahead(batch: Batch, depths: int) -> Batch:

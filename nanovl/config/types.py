@@ -119,9 +119,8 @@ def field_names(kind: Any, path: Sequence[str | int]) -> list[str]:
     the path names the one that is meant, as pydantic does."""
     for part in path:
         kind = type_at(kind, part)
-    sections = [
-        a for a in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(a)
-    ]  # one, where it may be none
+    # of a section that may be none, the section
+    sections = [option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)]
     return [f.name for f in dataclasses.fields(sections[0])] if len(sections) == 1 else []
 
 

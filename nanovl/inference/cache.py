@@ -3,8 +3,7 @@
 The model's own code runs unchanged: during a forward of the engine every `AttentionCore` is replaced by a
 `CachedCore` and every `PreviousToken` by a `CachedPrevious`, found by class wherever they sit; those of Gated DeltaNet
 by what states.py has. Latent attention remembers one child earlier: `CachedLatents` stands for its `Latents`, and its
-core, a `FedCore` or `CachedSparseCore`, gets the keys of all tokens. Another child that looks at earlier tokens needs
-its cached form in `cached_form`.
+core gets the keys of all tokens. Another child that looks at earlier tokens needs its cached form in `cached_form`.
 """
 
 from __future__ import annotations
@@ -226,8 +225,8 @@ class Remembering(nn.Module):
         return [kept.store for kept in self.kept if kept.store is not None]
 
 
-class FedCore(Remembering):
-    """AttentionCore over keys and values of all tokens so far, which its layer has recalled."""
+class CachedCore(Remembering):
+    """AttentionCore over keys and values of all tokens so far; where nothing is kept, its layer brings them all."""
 
     def __init__(self, core: AttentionCore, cache: KVCache, *kept: Kept) -> None:
         super().__init__(cache, core.window, *kept)
@@ -242,6 +241,8 @@ class FedCore(Remembering):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """-> [B, T, H, D]."""
+        if self.kept:
+            k_BSKD, v_BSKD = self.recall(k_BSKD, v_BSKD)
         feed = self.cache.current
         keys = feed.keys(self.window)
         batch, tokens, heads, head_dim = q_BTHD.shape
@@ -254,37 +255,19 @@ class FedCore(Remembering):
         return out.transpose(1, 2).reshape(batch, 1, heads, -1)
 
 
-class CachedCore(FedCore):
-    """AttentionCore that remembers keys and values."""
-
-    def __init__(self, core: AttentionCore, cache: KVCache) -> None:
-        heads = core.num_key_value_heads
-        super().__init__(core, cache, Kept(heads, core.head_dim), Kept(heads, core.value_dim))
-
-    def forward(
-        self,
-        q_BTHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        meta: AttentionMeta,
-        sinks_H: Tensor | None = None,
-    ) -> Tensor:
-        """-> [B, T, H, D]."""
-        k_BSKD, v_BSKD = self.recall(k_BTKD, v_BTKD)
-        return super().forward(q_BTHD, k_BSKD, v_BSKD, meta, sinks_H)
-
-
 class CachedLatents(Remembering):
     """Latents of latent attention, remembered."""
 
     def __init__(self, latents: Latents, cache: KVCache) -> None:
-        super().__init__(cache, latents.window, *map(Kept, latents.sizes))
+        super().__init__(cache, latents.window, Kept(latents.channels))
 
-    def forward(self, latent_BTL: Tensor, turned_BTD: Tensor) -> list[Tensor]:
-        return self.recall(latent_BTL, turned_BTD)
+    def forward(self, kv_BTL: Tensor) -> Tensor:
+        """-> [B, S, L]."""
+        (kv_BSL,) = self.recall(kv_BTL)
+        return kv_BSL
 
 
-class CachedSparseCore(FedCore):
+class CachedSparseCore(CachedCore):
     """SparseCore that remembers what keys are scored by."""
 
     def __init__(self, core: SparseCore, cache: KVCache) -> None:
@@ -333,5 +316,7 @@ def cached_form(
     if isinstance(child, SparseCore):  # latent attention's
         return CachedSparseCore(child, cache)
     if isinstance(child, AttentionCore):
-        return FedCore(child, cache) if isinstance(parent, LatentAttention) else CachedCore(child, cache)
+        heads = child.num_key_value_heads
+        keys_and_values = Kept(heads, child.head_dim), Kept(heads, child.value_dim)
+        return CachedCore(child, cache, *(() if isinstance(parent, LatentAttention) else keys_and_values))
     return CachedPrevious(cache) if isinstance(child, PreviousToken) else state_of(child, cache)

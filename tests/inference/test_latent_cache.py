@@ -6,43 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from latent_models import assert_as_whole_rows, decoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovl.inference.engine import Engine
-from nanovl.models.blocks.mla import LatentAttention, MlaConfig
-from nanovl.models.blocks.mlp import MlpConfig
+from nanovl.models.blocks.mla import LatentAttention
 from nanovl.models.blocks.rope import RopeConfig, RopeScaling
-from nanovl.models.decoder import BlockConfig, Decoder, DecoderConfig
+from nanovl.models.decoder import Decoder
 
 PROMPTS = [[5, 17, 3], list(range(20, 61)), [7] * 4 + [1, 2, 3]]
-
-
-def decoder(kernel: Any = "auto", **mixer: Any) -> Decoder:
-    sizes: dict[str, Any] = {
-        "num_attention_heads": 4,
-        "kv_lora_rank": 24,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 20,
-    }
-    config = DecoderConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=3,
-        blocks={
-            "latent": BlockConfig(
-                mixer=MlaConfig(**{**sizes, **mixer}, kernel=kernel), ffn=MlpConfig(intermediate_size=48)
-            )
-        },
-        pattern=["latent"],
-    )
-    config.validate()
-    model = Decoder(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model
 
 
 def ways(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -79,14 +51,7 @@ def test_the_cache_generates_what_whole_rows_do(
     completions = Engine(model, prefill_tokens=prefill).generate(PROMPTS, max_tokens=8)
     assert taken == {"folded", "expanded"}
     taken.clear()
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        row = list(prompt)
-        with torch.no_grad():
-            for logprob in completion.logprobs:
-                logits = model(torch.tensor([row]))[0, -1]
-                assert logits.log_softmax(-1).max().item() == pytest.approx(logprob, abs=1e-4)
-                row.append(int(logits.argmax()))
-        assert row[len(prompt) :] == completion.ids
+    assert_as_whole_rows(model, PROMPTS, completions)
     assert taken == {"expanded"}  # whole rows never fold: so does training
 
 
@@ -94,31 +59,30 @@ def test_the_cache_generates_what_whole_rows_do(
     ("tokens", "keys"), [(1, 2), (1, 6), (5, 6), (12, 20), (18, 20), (1, 60), (30, 60), (40, 60), (59, 60)]
 )
 def test_the_cheaper_way_is_taken_and_both_are_one(tokens: int, keys: int) -> None:
-    model = decoder("eager")
+    model = decoder(kernel="eager")
     layer: Any = model.layers["0"].mixer
     generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    config = layer.config
-    q = random(2, tokens, 4, config.qk_nope_head_dim), random(2, tokens, 4, config.qk_rope_head_dim)
-    latents = random(2, keys, config.kv_lora_rank), random(2, keys, config.qk_rope_head_dim)
-    positions = torch.arange(tokens).expand(2, -1)
-    meta = model.meta(positions, None)
+    x, all_keys = (
+        torch.randn(2, tokens, 32, generator=generator),
+        torch.randn(2, keys, 32, generator=generator),
+    )
+    meta = model.meta(torch.arange(tokens).expand(2, -1), None)
     meta.masks[None] = torch.ones(1, 1, tokens, keys, dtype=torch.bool).tril(keys - tokens)
+    cheaper = layer.folds(tokens, keys)
+    layer.latents.forward = lambda _: all_keys
     found, flops = {}, {}
-    for way in ("folded", "expanded"):
+    for folds in (True, False):
+        layer.folds = lambda *_, folds=folds: folds
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            found[way] = getattr(layer, way)(*q, *latents, meta)
-        flops[way] = counter.get_total_flops()
-    torch.testing.assert_close(found["folded"], found["expanded"], rtol=1e-4, atol=1e-5)
-    assert layer.folds(tokens, keys) == (flops["folded"] < flops["expanded"])
+            found[folds] = layer(x, meta)
+        flops[folds] = counter.get_total_flops()
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
+    assert cheaper == (flops[True] < flops[False])
 
 
 def test_its_memory_holds_latents_alone() -> None:
     engine = Engine(decoder())
-    per_token = 3 * 4 * (24 + 8)  # 3 layers, 4 bytes; latent and turned key
+    per_token = 2 * 4 * (24 + 8)  # 2 layers, 4 bytes; latent and turned key
     assert engine.memory().bytes_per_token == per_token
     engine.generate(PROMPTS, max_tokens=2)
     memory = engine.memory()

@@ -188,18 +188,25 @@ def test_what_is_read_beyond_a_document_reaches_no_loss() -> None:
     assert torch.equal(run_batch(model, batch, objective), run_batch(model, changed, objective))
 
 
-def test_nothing_of_it_runs_or_is_cached_outside_of_training() -> None:
-    plain, model = decoder(), decoder(mtp={"num_layers": 2})
+@pytest.mark.parametrize("name", ["qwen3", "nanochat"])  # the two classes of models
+def test_nothing_of_it_runs_or_is_cached_outside_of_training(name: str) -> None:
+    flavor = "debug" if name == "qwen3" else "d4"
+    plain, model = (
+        family(name).model(resolve_model(Model(name=name, flavor=flavor, overrides=over), VOCAB).config)
+        for over in ({}, {"mtp": {"num_layers": 2}})
+    )
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     model.load_state_dict(plain.state_dict(), strict=False)
     for module in model.mtp.values():
-        module.forward = None  # type: ignore[assignment]
+        module.forward = None  # so that running it would raise
     tokens_BT = row()["tokens_BT"]
     assert torch.equal(model(tokens_BT), plain(tokens_BT))
     caches = [KVCache(m) for m in (plain, model)]
     for cache in caches:
         cache.reserve(2, 64)
     assert caches[0].memory() == caches[1].memory()
-    assert len(caches[0]._seats) == len(caches[1]._seats) == 2
+    assert len(caches[0]._seats) == len(caches[1]._seats) > 0
 
 
 def test_flops_equal_those_torch_counts() -> None:

@@ -15,7 +15,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from nanovl.checkpoint.key_map import KeyMap
 from nanovl.config.config_json import ConfigJson
-from nanovl.inference.engine import Engine
 from nanovl.models.blocks.attention import AttentionMeta
 from nanovl.models.blocks.mla import LatentAttention, MlaConfig
 from nanovl.models.blocks.mlp import MlpConfig
@@ -138,20 +137,6 @@ def decoder(q_lora_rank: int | None = 24) -> Decoder:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     return model
-
-
-@pytest.mark.parametrize("q_lora_rank", [24, None])
-def test_the_cache_generates_what_whole_rows_do(q_lora_rank: int | None) -> None:
-    model = decoder(q_lora_rank)
-    prompts = [[5, 17, 3], list(range(20, 31))]
-    engine = Engine(model)
-    found = [c.ids for c in engine.generate(prompts, max_tokens=8)]
-    for prompt, ids in zip(prompts, found, strict=True):
-        row = list(prompt)
-        with torch.no_grad():
-            for _ in ids:
-                row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-        assert row[len(prompt) :] == ids
 
 
 def test_packed_documents_equal_separate_ones() -> None:
